@@ -1,0 +1,1 @@
+"""Ember accelerated: what is learned and computed from what the models answered."""

