@@ -767,6 +767,9 @@ def _tls(*_: str | None) -> Any:
     return httpx.create_ssl_context()
 
 
+_LIBRARIES = {"anyio", "h11", "httpcore", "httpx", "trio", "zlib"}
+
+
 @contextlib.contextmanager
 def _guarded(deadline: float, late: str) -> Generator[None]:
     """CallError(late) at the deadline, and for whatever the libraries below raise.
@@ -784,8 +787,10 @@ def _guarded(deadline: float, late: str) -> Generator[None]:
         raise
     except Exception as error:
         name, text = type(error).__name__, str(error) or "the connection broke"
-        final = isinstance(error, ValueError) or name in {"ReadTimeout", "WriteTimeout"}
-        fault = CallError(f"{name}: {text}. Check the network and base_url=", transient=not final)
+        network = isinstance(error, OSError) or type(error).__module__.split(".")[0] in _LIBRARIES
+        unsent = network and name not in {"ReadTimeout", "WriteTimeout"}
+        advice = "Check the network and base_url=" if network else "Look into the code passed in"
+        fault = CallError(f"{name}: {text}. {advice}", transient=unsent)
     raise fault
 
 
@@ -1214,7 +1219,7 @@ def _outcome(
         if reply.finish or not request.stream:
             return reply
     except EmberError as problem:
-        if isinstance(problem, CallError) or not request.stream:
+        if not (request.stream and isinstance(problem, ReplyError) and problem.transient):
             error = error or problem
     early = "the stream ended before the answer did. Try again, or set retries= higher"
     return _keyless(error or CallError(early, transient=True), call.end)
@@ -1594,12 +1599,16 @@ def _local_url() -> str:
             parameters.model.path, parameters.model_alias = path, {"smollm2-135m-instruct"}
             parameters.n_ctx, parameters.verbosity = 8192, -1
             parameters.cpuparams.n_threads = max(1, (os.cpu_count() or 2) - 1)
-            _server[:] = [os.getpid(), llama.Server(parameters)]
+            try:
+                _server[:] = [os.getpid(), llama.Server(parameters)]
+            except RuntimeError as error:
+                raise SetupError(f"{path!r} is no model that llama.cpp can load: {error}") from None
         return f"{_server[1].listening_address}/v1"
 
 
 # The providers Ember knows, by name.
-providers: Mapping[str, Provider] = {row.name: row for row in (*_rows, _row("local", _local_url))}
+_local = _row("local", _local_url, url_env="")
+providers: Mapping[str, Provider] = {row.name: row for row in (*_rows, _local)}
 
 
 def model(name: str, *, provider: Provider | None = None, **fields: Any) -> Model:
@@ -1610,7 +1619,7 @@ def model(name: str, *, provider: Provider | None = None, **fields: Any) -> Mode
     transport (an httpx transport). All else is a default of its calls.
 
     >>> model("anthropic:claude-opus-5", retries=5, temperature=0).price
-    Price(input=5, output=25, cached=0.5, written=6.25, long=None)
+    Price(input=5.0, output=25.0, cached=0.5, written=6.25, long=())
     """
     prefix, _, rest = name.partition(":")
     if provider is None and prefix in providers:
@@ -1649,8 +1658,10 @@ class Models:
     deepseek: Model = model("deepseek:deepseek-v4-flash")
     mistral: Model = model("mistral:mistral-large-latest")
     embedding: Model = model("openai:text-embedding-3-small")
-    # Without a system message it answers in French.
-    local: Model = model("local:smollm2-135m-instruct", system="You are a helpful assistant.")
+    # Without a system message it answers in French, and without a limit it may never end.
+    local: Model = model(
+        "local:smollm2-135m-instruct", system="You are a helpful assistant.", max_tokens=1024
+    )
 
     @overload
     async def __call__(

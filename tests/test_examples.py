@@ -36,11 +36,11 @@ needs_local = pytest.mark.skipif(not LOCAL, reason="the extra `local` is not ins
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A run of the interpreter that must end well, within a minute, with nothing on stderr."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", **environment}
+    own = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, "-W", "error", *arguments]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, timeout=60, text=True, capture_output=True,
-        encoding="utf-8",
+        command, cwd=ROOT, env={**os.environ, **own, **environment}, timeout=60,
+        text=True, encoding="utf-8", capture_output=True,
     )
     assert (done.returncode, done.stderr) == (0, "")
     return done
@@ -232,15 +232,17 @@ async def test_05_tool_calls_are_read_and_the_turn_goes_back_with_its_signatures
         ember.ToolCall("x7", "add", {"a": 1}), ember.ToolCall("", "now", {}),
     )
     result = {"functionResponse": {"name": "add", "id": "x7", "response": {"result": 2}}}
-    again = [{"role": "user", "content": "1 + 1?"}, reply.message, {"role": "user", "parts": [result]}]
+    answered = {"role": "user", "parts": [result]}
+    again = [{"role": "user", "content": "1 + 1?"}, reply.message, answered]
     assert (await native(server)(again)).text == "done"
     sent = server.requests[1].json["contents"]
-    assert sent[1:] == [{"role": "model", "parts": turn}, {"role": "user", "parts": [result]}]
+    assert sent[1:] == [{"role": "model", "parts": turn}, answered]
 
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_05_a_blocked_prompt_is_a_reply_that_says_so(server: Server, stream: bool) -> None:
-    blocked = {"promptFeedback": {"blockReason": "SAFETY"}, "usageMetadata": {"promptTokenCount": 4}}
+    usage = {"promptTokenCount": 4, "totalTokenCount": 4}
+    blocked = {"promptFeedback": {"blockReason": "SAFETY"}, "usageMetadata": usage}
     kind = "text/event-stream" if stream else "application/json"
     server.play(Answer(sse([blocked]) if stream else blocked, type=kind))
     reply = await (streamed(native(server)) if stream else native(server)("hi"))
@@ -274,7 +276,7 @@ async def streamed(called: ember.Model) -> ember.Reply[Any]:
 @pytest.mark.parametrize("size", [1, 7, 0])
 async def test_05_a_stream_is_folded_into_one_answer(server: Server, size: int) -> None:
     events = [
-        gemini({"text": "Hm.", "thought": True}, finish=None, usageMetadata={"promptTokenCount": 20}),
+        gemini({"text": "Hm", "thought": True}, finish=None, usageMetadata={"promptTokenCount": 9}),
         gemini({"text": "Grüß "}, finish=None),
         gemini({"text": "dich"}, {"functionCall": {"name": "now", "args": {}}}, finish=None),
         gemini({"text": "", "thoughtSignature": "c2ln"}, usageMetadata=COUNTS),
@@ -438,7 +440,7 @@ async def test_06_the_token_is_refreshed_shortly_before_it_expires(
         (Answer({"errorCode": "BXNIM0415E"}, status=400), ember.SetupError, 1),
         (Answer({"errorCode": "BXNIM0513E"}, status=403), ember.SetupError, 1),
         (Answer(status=503), ember.CallError, 3),
-        (Answer({"no": "token"}), ember.EmberError, 3),
+        (Answer({"no": "token"}), ember.EmberError, 1),
         (Answer({"access_token": None, "expires_in": 3600}), ember.EmberError, 1),
         (Answer("<html>", type="text/html"), ember.EmberError, 1),
         (Answer(fault="reset"), ember.CallError, 3),
