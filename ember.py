@@ -1308,7 +1308,8 @@ async def _turns(call: _Call, request: Request, replies: list[Reply[Any]]) -> li
         if len(replies) >= call.max_steps:
             steps = f"it still calls tools after max_steps={call.max_steps} steps. Set it higher"
             raise ReplyError(steps, raw=reply.raw)
-        return [reply.message, *await _results(call.functions, reply.tool_calls)]
+        with _guarded(call.deadline, _late(call.end)):
+            return [reply.message, *await _results(call.functions, reply.tool_calls)]
     if call.output is None or reply.tool_calls:
         return None
     try:
@@ -1631,11 +1632,12 @@ def model(name: str, *, provider: Provider | None = None, **fields: Any) -> Mode
         import difflib
 
         named = prefix if prefix in providers else name
-        names = [*_KNOWN, *(f"{row}:…" for row in providers)]
+        names = [*_KNOWN, *(f"{row}:{known}" for known, (row, _, _) in _KNOWN.items())]
+        names += [f"{row}:…" for row in providers]
         near = difflib.get_close_matches(named, names, 1, 0)
         raise SetupError(f"no model {name!r} is known. Did you mean {near[0]!r}?")
     if row == provider.name and successor:
-        warnings.warn(f"{row} has retired {name!r}; {successor!r} takes its place", stacklevel=3)
+        warnings.warn(f"{row} has retired {name!r}; {successor!r} takes its place", stacklevel=2)
     price = price if row == provider.name else None
     return Model(provider, name, **_fields({"price": price} | fields, {}))
 
