@@ -35,6 +35,7 @@ import time
 import urllib.parse
 import urllib.request
 import warnings
+import weakref
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
@@ -258,10 +259,10 @@ class Secret:
 class Endpoint:
     """Where a model is served and how it is called: all of a `Model` but its verbs.
 
-    `limit` is an async context manager that each request passes through. `retries` is how often
-    a request that failed is sent again, `timeout` bounds the call with all attempts and waits,
-    `connect` one connection, and `stall` the silence within a stream. `transport` replaces the
-    connections. `defaults` are parameters of every call.
+    `limit` is an async context manager, not bound to a task, for each request. `retries` is how
+    often a request that failed is sent again, `timeout` bounds the call with all attempts and
+    waits, `connect` one connection, and `stall` the silence within a stream. `transport` replaces
+    the connections. `defaults` are parameters of every call.
     """
 
     provider: Provider
@@ -330,7 +331,7 @@ def _text(content: Any) -> str:
     if _is_list(content):
         return "".join(p if isinstance(p, str) else p.get("text") or "" for p in content)
     if not isinstance(content, str | None):
-        raise TypeError(f"content is no text but {content!r:.80}")
+        raise TypeError(f"content is no text but of type {type(content).__name__}")
     return content or ""
 
 
@@ -446,16 +447,18 @@ def _openai_usage(usage: Any) -> Usage:
 
 def _openai_call(position: int, call: Any) -> ToolCall:
     """A tool call as it was sent. Gemini's have no ids; Mistral wants nine characters."""
-    text = _arguments(call)
+    text, known = _arguments(call), call.get("id") or f"call{position:05}"
     arguments: Any = text
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         arguments = json.loads(text)
-    known = call.get("id") or f"call{position:05}"
-    return ToolCall(known, call["function"]["name"], arguments if _is_dict(arguments) else text)
+    name = _object(call.get("function") or call.get("custom")).get("name") or call.get("type")
+    return ToolCall(known, name, arguments if _is_dict(arguments) else text)
 
 
 def _arguments(call: Any) -> str:
-    given = call["function"].get("arguments")
+    """The arguments as text. OpenAI's custom tools have an `input` instead, which is any text."""
+    given: Any = _object(call.get("function")).get("arguments")
+    given = given or _object(call.get("custom")).get("input")
     return json.dumps(given) if _is_dict(given) else _text(given) or "{}"
 
 
@@ -463,7 +466,7 @@ def _openai_reply(raw: Any) -> Reply[Any]:
     """The reply in a chat completion."""
     if raw["choices"] == []:
         raise ReplyError("answered with no choices. Rephrase the prompt: it is blocked?", raw=raw)
-    said, finish = raw["choices"][0]["message"], raw["choices"][0].get("finish_reason")
+    said, finish = _object(raw["choices"][0].get("message")), raw["choices"][0].get("finish_reason")
     text, sent = _text(said.get("content")), _array(said.get("tool_calls"))
     calls = tuple(itertools.starmap(_openai_call, enumerate(sent)))
     if finish == "error" or not (text or calls or finish):
@@ -473,9 +476,11 @@ def _openai_reply(raw: Any) -> Reply[Any]:
     back |= {key: _text(said[key]) for key in ("refusal", "reasoning_content") if said.get(key)}
     turns: list[JSON] = []
     for call, was in zip(calls, sent):
-        function = {"name": call.name, "arguments": _arguments(was)}
-        extra = {key: value for key, value in was.items() if key != "index"}
-        turns.append(extra | {"id": call.id, "type": "function", "function": function})
+        turn: JSON = {key: value for key, value in was.items() if key != "index"} | {"id": call.id}
+        if "custom" not in was:
+            function = {"name": call.name, "arguments": _arguments(was)}
+            turn |= {"type": "function", "function": function}
+        turns.append(turn)
     message = {"role": "assistant", "content": text} | back | _given(tool_calls=turns)
     usage, name = _object(raw.get("usage")), str(raw.get("model") or "")
     cost = usage.get("cost")  # OpenRouter says what it took
@@ -515,7 +520,8 @@ def _openai_fragment(calls: list[JSON], fragment: JSON) -> None:
         calls.append(call := {"index": index, "id": "", "function": empty})
     call |= {k: v for k, v in fragment.items() if v and k not in {"index", "function"}}
     call["function"]["name"] = function.get("name") or call["function"]["name"]
-    _append(call["function"], arguments=function.get("arguments"))
+    given = function.get("arguments")
+    _append(call["function"], arguments=json.dumps(given) if _is_dict(given) else given)
 
 
 def _anthropic_part(part: Any) -> Any:
@@ -547,7 +553,8 @@ def _anthropic_turns(messages: Sequence[JSON]) -> list[JSON]:
             for use in itertools.starmap(_openai_call, enumerate(calls)):
                 block = {"id": use.id, "name": use.name, "input": use.arguments}
                 content.append({"type": "tool_use", **block})
-        turns.append({"role": role, "content": content})
+        if content or role != "assistant":  # an empty one is refused
+            turns.append({"role": role, "content": content})
     return [{**turn, "role": "user"} if turn["role"] == "tool" else turn for turn in turns]
 
 
@@ -696,7 +703,7 @@ class _Pool:
         self.idle: dict[str, list[Any]] = {}
         self.slots: dict[str, anyio.Semaphore] = {}
         self.proxied: dict[str, httpx.AsyncHTTPTransport | None] = {}
-        self.locks: dict[Secret, anyio.Lock] = {}
+        self.locks: weakref.WeakKeyDictionary[Secret, anyio.Lock] = weakref.WeakKeyDictionary()
         self.closing = self._close_with_loop()
 
     async def _close_with_loop(self) -> AsyncGenerator[None]:
@@ -706,17 +713,20 @@ class _Pool:
         finally:
             _pool.set(None)
             idle = itertools.chain.from_iterable(self.idle.values())
-            for connection in (*idle, *filter(None, self.proxied.values())):
-                await connection.aclose()
+            with anyio.CancelScope(shield=True):  # trio closes generators in a cancelled scope
+                for connection in (*idle, *filter(None, self.proxied.values())):
+                    await connection.aclose()
 
     def proxy(self, url: httpx.URL, host: str) -> httpx.AsyncHTTPTransport | None:
         """The transport by way of the environment's proxy, if there is one for this host."""
         if host not in self.proxied:
             proxy = (proxies := urllib.request.getproxies()).get(url.scheme) or proxies.get("all")
-            self.proxied[host] = None
+            made: httpx.AsyncHTTPTransport | None = None
             if proxy and not urllib.request.proxy_bypass(url.netloc.decode()):
+                proxy = proxy if "://" in proxy else f"http://{proxy}"
                 tls, limits = _tls(*map(os.environ.get, _CA)), httpx.Limits(max_connections=None)
-                self.proxied[host] = httpx.AsyncHTTPTransport(tls, proxy=proxy, limits=limits)
+                made = httpx.AsyncHTTPTransport(tls, proxy=proxy, limits=limits)
+            self.proxied[host] = made
         return self.proxied[host]
 
     async def send(self, sent: httpx.Request, host: str, stack: AsyncExitStack) -> httpx.Response:
@@ -730,6 +740,8 @@ class _Pool:
         url, idle = httpcore.URL(str(sent.url)), self.idle.setdefault(host, [])
         while idle and idle[-1].has_expired():  # idle and readable: the server has closed it
             await idle.pop().aclose()
+        if idle and idle[0].has_expired():  # what a burst has left is closed one at a time
+            await idle.pop(0).aclose()
         tls = _tls(*map(os.environ.get, _CA)) if sent.url.scheme == "https" else None
         connection = idle.pop() if idle else httpcore.AsyncHTTPConnection(url.origin, tls, 60)
 
@@ -746,8 +758,14 @@ class _Pool:
         how: JSON = {"headers": sent.headers.raw, "extensions": sent.extensions}
         request = httpcore.Request("POST", url, content=sent.content, **how)
         response: Any = await connection.handle_async_request(request)
-        stack.push_async_callback(response.aclose)
+        stack.push_async_callback(_closed, response)
         return httpx.Response(response.status, headers=response.headers, stream=response.stream)
+
+
+async def _closed(response: Any) -> None:
+    """Close a response. Its answer, if there is one, is not lost by a fault in closing."""
+    with suppress(Exception):
+        await response.aclose()
 
 
 _CA = ("SSL_CERT_FILE", "SSL_CERT_DIR")
@@ -873,12 +891,12 @@ async def _response(
                 how["extensions"] = {"timeout": {"connect": end.connect}}
                 sent = httpx.Request("POST", url, **how)
                 proxy = None if callable(row.base_url) else pool.proxy(url, host)
-                if transport := end.transport or proxy:
-                    response = await transport.handle_async_request(sent)
-                    stack.push_async_callback(response.aclose)
-                else:
-                    wait = anyio.current_time() + end.stall if request.stream else deadline
-                    with _guarded(min(wait, deadline), _SILENT.format(end.stall)):
+                wait = anyio.current_time() + end.stall if request.stream else deadline
+                with _guarded(min(wait, deadline), _SILENT.format(end.stall)):
+                    if transport := end.transport or proxy:
+                        response = await transport.handle_async_request(sent)
+                        stack.push_async_callback(_closed, response)
+                    else:
                         response = await pool.send(sent, host, stack)
             if not response.is_success:
                 raise await _status_error(response, deadline)
@@ -919,10 +937,11 @@ async def _chunks(
                 yield chunk
     finally:
         # httpcore's iterators are nested and close only inside out: by a fault in the innermost.
-        with anyio.CancelScope() as scope:
+        with suppress(Exception), anyio.CancelScope() as scope:
             scope.cancel()
-            while await anext(pieces, None):
-                pass
+            for _ in range(100):  # pieces that are there already come without a wait
+                if await anext(pieces, None) is None:
+                    break
 
 
 async def _sse(chunk: bytes | None, chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
@@ -978,7 +997,7 @@ def _fault(status: int, raw: Any, text: str = "", headers: Mapping[str, str] = {
     message = message or known.get("detail") or text
     message = message if isinstance(message, str) else json.dumps(message)
     paid = codes.isdisjoint(_OUT_OF_MONEY)
-    transient = (status in {408, 409, 429} or status >= 500 or status < 300) and paid
+    transient = status in {408, 409, 429} or status >= 500 or status < 300
     transient = {"true": True, "false": False}.get(headers.get("x-should-retry", ""), transient)
     advice = "Check the parameters of the call" if 400 <= status < 500 else "Try later"
     if 300 <= status < 400:
@@ -986,7 +1005,8 @@ def _fault(status: int, raw: Any, text: str = "", headers: Mapping[str, str] = {
         advice = f"Set base_url= to where it redirects: {place}"
     advice = _ADVICE.get(status if paid else 402, advice)
     shown = " ".join(message.encode(errors="replace").decode().split())[:600] or "no message"
-    facts = {"status": status, "transient": transient, "retry_after": _retry_after(headers)}
+    facts: JSON = {"status": status, "transient": transient and paid}
+    facts["retry_after"] = _retry_after(headers)
     return CallError(f"{status}: {shown.rstrip('.')}. {advice}.", **facts)
 
 
@@ -1006,10 +1026,11 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     """The wait in seconds that the server asks for: in milliseconds, in seconds, or as a date."""
     import email.utils
 
-    milliseconds, value = headers.get("retry-after-ms", ""), headers.get("retry-after", "")
+    value = headers.get("retry-after", "")
+    for text, unit in ((headers.get("retry-after-ms", ""), 1000), (value, 1)):
+        if re.fullmatch(r"\d+(\.\d*)?", text):
+            return float(text) / unit
     with suppress(ValueError, TypeError):
-        if re.fullmatch(r"[\d.]+", milliseconds or value):
-            return float(milliseconds) / 1000 if milliseconds else float(value)
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     return None
 
@@ -1017,10 +1038,13 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 # ── 6. Calls ─── the spine: prompt → request → exchange → reply; tools and typed output around it
 
 
-def _messages(prompt: object, system: str | None) -> list[JSON]:
+def _messages(prompt: Any, system: str | None) -> list[JSON]:
     """The prompt as messages. Text in it is never a template."""
-    if prompt is None:
-        raise TypeError("the prompt is None; give a text, a reply, or a list of messages")
+    kind = type(prompt).__name__
+    if kind in {"NoneType", "bytes", "dict", "coroutine", "Task"}:
+        what = "None" if prompt is None else f"of type {kind}"
+        raise TypeError(f"the prompt is {what}; give a text, a reply, or a list of messages")
+    prompt = list(prompt) if kind == "tuple" else prompt
     messages: list[JSON] = [] if system is None else [{"role": "system", "content": system}]
     for item in prompt if _is_list(prompt) else [{"role": "user", "content": str(prompt)}]:
         if not _is_dict(item) or "role" not in item:
@@ -1116,16 +1140,26 @@ class _Call:
     deadline: float
 
 
+_FIELDS = {"base_url", "api_key", "price", "limit", "retries", "connect", "stall", "transport"}
+
+
 async def _prepared(
-    end: Endpoint, prompt: object, *, system: str | None = None, temperature: float | None = None,
-    max_tokens: int | None = None, stop: str | Sequence[str] | None = None, seed: int | None = None,
-    tools: Sequence[Any] | None = None, output: Any = None, images: Sequence[Any] | None = None,
-    timeout: float | None = None, max_steps: int = 8, **options: Any,
+    end: Endpoint, prompt: object, /, *, system: str | None = None, output: Any = None,
+    temperature: float | None = None, max_tokens: int | None = None, seed: int | None = None,
+    stop: str | Sequence[str] | None = None, tools: Sequence[Any] | None = None,
+    images: Sequence[Any] | None = None, timeout: float | None = None, max_steps: int = 8,
+    **options: Any,
 ) -> _Call:
     """The call for a prompt and its parameters; options come from the environment too."""
+    if "stream" in options:
+        raise SetupError("stream= is no parameter; use .stream(prompt), which yields the pieces")
+    if fields := sorted(_FIELDS & options.keys()):
+        raise SetupError(f"{fields[0]}= is a field of the model: use .using({fields[0]}=…)(prompt)")
     for name, variable, default in end.provider.env:
         options |= _given(**{name: options.get(name) or os.environ.get(variable, default) or None})
     messages = _messages(prompt, system)
+    if isinstance(images, bytes | str | os.PathLike):
+        images = [images]
     if parts := [await _image(image) for image in images or ()]:
         last = next((m for m in reversed(messages) if m["role"] == "user"), None)
         if last is None:
@@ -1134,6 +1168,8 @@ async def _prepared(
         text = [] if _is_list(said) else [{"type": "text", "text": said}]
         last["content"] = [*_array(said), *text, *parts]
     functions = {_tool(f)[1]["function"]["name"]: f for f in tools or () if not _is_dict(f)}
+    if len(functions) != sum(not _is_dict(f) for f in tools or ()):
+        raise SetupError(f"tools: two have the same name, among {', '.join(functions)}. Rename one")
     request = Request(
         end.id, messages, temperature, max_tokens, [stop] if isinstance(stop, str) else stop or (),
         seed, [f if _is_dict(f) else _tool(f)[1] for f in tools or ()],
@@ -1164,8 +1200,9 @@ def _read(end: Endpoint, request: Request, raw: Any) -> Reply[Any]:
         words += [reply.text, "" if reply.finish is None else reply.finish]
         if {*map(type, words)} - {str}:
             raise TypeError("a word that is no text")
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        what = f"({type(error).__name__}: {error}): {json.dumps(raw):.200}. Check base_url="
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        shown = "nested too deep" if isinstance(error, RecursionError) else f"{raw!r:.200}"
+        what = f"({type(error).__name__}: {error}): {shown}. Check base_url="
         raise ReplyError(f"the answer is malformed {what}", raw=raw, transient=True) from None
     cost = end.price.cost(reply.usage) if end.price else reply.cost
     return replace(reply, cost=cost, model=reply.model or end.id)
@@ -1193,7 +1230,7 @@ async def _exchange(call: _Call, request: Request, body: JSON) -> AsyncGenerator
         if not request.stream or first.lstrip()[:1] in {b"{", b"["}:  # or it does not stream
             text = first + b"".join([chunk async for chunk in chunks])
             with suppress(ValueError, RecursionError):
-                body["raw"] = json.loads(text)
+                body |= {"raw": json.loads(text), "whole": True}
                 return
             shown = f"begins {text[:200].decode(errors='replace')!r}" if text else "is empty"
             problem = f"the answer is no JSON, it {shown}. Check base_url="
@@ -1216,7 +1253,7 @@ def _outcome(
     """The reply, if the answer is whole: what fails after that fails no more. Else the error."""
     try:
         reply = _read(call.end, request, body.get("raw"))
-        if reply.finish or not request.stream:
+        if reply.finish or "whole" in body:
             return reply
     except EmberError as problem:
         if not (request.stream and isinstance(problem, ReplyError) and problem.transient):
@@ -1230,9 +1267,17 @@ def _keyless(error: EmberError, end: Endpoint) -> EmberError:
     held: list[Any] = [end.api_key.value, end.api_key.token] if end.api_key else []
     for secret in (*held, *map(os.environ.get, end.provider.key_env)):
         if isinstance(secret, str) and len(key := secret.strip()) > 7:  # a shorter one is a word
-            shown = json.dumps([str(error), getattr(error, "raw", None)]).replace(key, "***")
-            error.args, error.__dict__["raw"] = (json.loads(shown)[0],), json.loads(shown)[1]
+            raw = getattr(error, "raw", None)
+            with suppress(RecursionError):
+                raw = json.loads(_hidden(json.dumps(raw), json.dumps(key)[1:-1]))
+            error.args, error.__dict__["raw"] = (_hidden(str(error), key),), raw
     return error
+
+
+def _hidden(text: str, key: str) -> str:
+    """The text without the key, nor the first part of it where the text was cut."""
+    sizes = range(len(key), 7, -1) if key[:8] in text else ()
+    return functools.reduce(lambda left, size: left.replace(key[:size], "***"), sizes, text)
 
 
 def _pause(call: _Call, error: EmberError, number: int) -> float:
@@ -1244,7 +1289,7 @@ def _pause(call: _Call, error: EmberError, number: int) -> float:
     if not error.transient or number > call.end.retries:
         raise error
     asked = error.retry_after if isinstance(error, CallError) else None
-    wait = asked or random.uniform(0, min(8, 0.5 * 2 ** (number - 1)))
+    wait = (asked or 0) + random.uniform(0, min(8, 0.5 * 2 ** (number - 1)))
     if wait > call.deadline - anyio.current_time():
         why = f"The server asks for a wait of {asked:g} s" if asked else "The next attempt is due"
         error.args = (f"{error} {why}, which would pass timeout={call.end.timeout:g} s.",)
@@ -1315,7 +1360,7 @@ async def _turns(call: _Call, request: Request, replies: list[Reply[Any]]) -> li
     try:
         replies[-1] = replace(reply, data=_typed(call.output, reply))
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         problem = str(error)
     answers = sum(not earlier.tool_calls for earlier in replies)
     if request.stream or answers > 2:
@@ -1341,15 +1386,18 @@ async def _results(functions: Mapping[str, Any], calls: Sequence[ToolCall]) -> l
             function, named = functions[asked.name], pydantic_core.ArgsKwargs((), asked.arguments)
             call = functools.partial(_tool(function)[0].validate_python, named)
             is_async = inspect.iscoroutinefunction(function)
-            result = call() if is_async else await anyio.to_thread.run_sync(call)
+            thread = functools.partial(anyio.to_thread.run_sync, call, abandon_on_cancel=True)
+            result = call() if is_async else await thread()
             result = await result if inspect.isawaitable(result) else result
+            result = str(result) if isinstance(result, Reply) else result
             if not isinstance(result, str):
                 result = pydantic_core.to_json(result, fallback=str).decode()
             turn["content"] = result
         except Exception as error:
             turn["content"] = f"Error: {type(error).__name__}: {error}"
 
-    turns: list[JSON] = [{"role": "tool", "tool_call_id": asked.id} for asked in calls]
+    cancelled = {"role": "tool", "content": "Error: it was cancelled"}
+    turns: list[JSON] = [cancelled | {"tool_call_id": asked.id} for asked in calls]
     async with anyio.create_task_group() as group:
         for asked, turn in zip(calls, turns):
             group.start_soon(run, asked, turn)
@@ -1367,8 +1415,6 @@ def _bare(error: BaseException, end: Endpoint) -> BaseException:
 
 async def _answer(end: Endpoint, prompt: object, given: JSON, **kind: Any) -> Reply[Any]:
     """The reply to a prompt, with all that its tools and its typed output take."""
-    if "stream" in given:
-        raise SetupError("stream= is no parameter; use .stream(prompt), which yields the pieces")
     replies: list[Reply[Any]] = []
     async with aclosing(_run(end, prompt, given, replies, **kind)) as pieces:
         async for _ in pieces:
@@ -1381,6 +1427,7 @@ async def _embeddings(end: Endpoint, texts: Sequence[str], given: JSON) -> list[
 
     OpenAI takes 300,000 tokens a request; at two bytes a token and more 600 KB is on the safe side.
     """
+    texts = texts if isinstance(texts, str) else list(texts)
     if isinstance(texts, str) or {*map(type, texts)} - {str}:
         raise TypeError(f"embed() takes a list of texts, not {texts!r:.80}")
     if not end.provider.embed_path:
@@ -1423,7 +1470,7 @@ class Stream:
     async def __anext__(self) -> str:
         try:
             if self._broken:
-                raise CallError("the stream broke off before. Start a new one")
+                raise CallError("the stream was closed or broke off before. Start a new one")
             piece = await anext(self._pieces)
             self._texts.append(piece)
             return piece
@@ -1438,6 +1485,7 @@ class Stream:
 
     async def aclose(self) -> None:
         """Close the connection; a stream that was read to its end has done so."""
+        self._broken = not self._ended
         await self._pieces.aclose()
 
     def __del__(self) -> None:
@@ -1622,7 +1670,7 @@ def model(name: str, *, provider: Provider | None = None, **fields: Any) -> Mode
     >>> model("anthropic:claude-opus-5", retries=5, temperature=0).price
     Price(input=5.0, output=25.0, cached=0.5, written=6.25, long=())
     """
-    prefix, _, rest = name.partition(":")
+    asked, (prefix, _, rest) = name, name.partition(":")
     if provider is None and prefix in providers:
         provider, name = providers[prefix], rest
     plain = name if name in _KNOWN else re.sub(r"-(\d{8}|\d{4}-\d\d-\d\d)$", "", name)
@@ -1635,7 +1683,7 @@ def model(name: str, *, provider: Provider | None = None, **fields: Any) -> Mode
         names = [*_KNOWN, *(f"{row}:{known}" for known, (row, _, _) in _KNOWN.items())]
         names += [f"{row}:…" for row in providers]
         near = difflib.get_close_matches(named, names, 1, 0)
-        raise SetupError(f"no model {name!r} is known. Did you mean {near[0]!r}?")
+        raise SetupError(f"no model {asked!r} is known. Did you mean {near[0]!r}?")
     if row == provider.name and successor:
         warnings.warn(f"{row} has retired {name!r}; {successor!r} takes its place", stacklevel=2)
     price = price if row == provider.name else None

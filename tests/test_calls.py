@@ -212,6 +212,82 @@ async def test_streamed_tool_steps_are_one_stream() -> None:
     assert stream.reply.cost == pytest.approx(24e-6)
 
 
+async def test_two_tools_of_one_name_are_a_setup_error() -> None:
+    def named(said: str) -> Callable[[], str]:
+        def search() -> str:
+            return said
+
+        return search
+
+    ask, script = played("unused")
+    with pytest.raises(SetupError, match="two have the same name, among search. Rename one"):
+        await ask("go", tools=[named("web"), named("files")])
+    assert script.bodies == []
+
+
+async def test_a_plain_tool_that_hangs_ends_with_the_call_too() -> None:
+    go = threading.Event()
+    ask, _ = played(asked(("wait", "{}")), "unused")
+
+    def wait() -> None:
+        go.wait(5)
+
+    with pytest.raises(CallError, match=r"no whole answer within timeout=0\.05 s"):
+        await ask("go", tools=[wait], timeout=0.05)
+    go.set()
+
+
+async def test_a_reply_of_a_tool_goes_back_as_its_text_and_a_cancelled_tool_says_so() -> None:
+    inner, _ = played("an answer inside")
+
+    async def delegate() -> Any:
+        return await inner("hi")
+
+    async def gone() -> None:
+        raise asyncio.CancelledError
+
+    ask, script = played(asked(("delegate", "{}"), ("gone", "{}")), "done")
+    await ask("go", tools=[delegate, gone])
+    said = [m["content"] for m in script.bodies[1]["messages"][-2:]]
+    assert said == ["an answer inside", "Error: it was cancelled"]
+
+
+async def test_an_unknown_kind_of_tool_call_is_passed_on_and_not_bought_again() -> None:
+    custom = {"id": "c0", "type": "custom", "custom": {"name": "grep", "input": "x+"}}
+    message = {"role": "assistant", "content": None, "tool_calls": [custom]}
+    ask, script = played({"choices": [{"message": message, "finish_reason": "tool_calls"}]})
+    reply = await ask("go", tools=[{"type": "custom", "custom": {"name": "grep"}}])
+    assert reply.tool_calls == (ember.ToolCall("c0", "grep", "x+"),)
+    assert reply.message["tool_calls"] == [custom]
+    assert len(script.bodies) == 1
+
+
+async def test_arguments_that_are_streamed_as_an_object_reach_the_tool() -> None:
+    call = {"index": 0, "id": "c0", "function": {"name": "double", "arguments": {"x": 4}}}
+    choice = {"index": 0, "delta": {"tool_calls": [call]}, "finish_reason": "tool_calls"}
+    first = httpx.Response(200, text=f"data: {json.dumps({'choices': [choice]})}\n\n")
+    ask, script = played(first, "done")
+    async with ask.stream("go", tools=[double]) as stream:
+        assert [piece async for piece in stream] == ["done"]
+    assert script.bodies[1]["messages"][-1]["content"] == "8"
+
+
+async def test_a_stream_that_was_closed_early_has_no_reply_and_does_not_end_silently() -> None:
+    ask, _ = played(asked(("double", '{"x": 4}')), "done")
+    stream = ask.stream("go", tools=[double])
+    async with stream:
+        async for _piece in stream:
+            break
+    if stream._ended:  # one piece was all there was
+        assert stream.reply.text == "done"
+    early = ask.stream("go")
+    await early.aclose()
+    with pytest.raises(CallError, match="closed or broke off before"):
+        await anext(early)
+    with pytest.raises(ember.EmberError, match="the stream has not ended"):
+        early.reply  # noqa: B018
+
+
 # ── Typed output ───
 
 
@@ -313,6 +389,40 @@ async def test_typed_output_comes_after_the_tools() -> None:
     assert len(script.bodies) == 3
 
 
+DEEP = "[" * 100_000
+
+
+async def test_an_answer_nested_too_deep_is_a_typed_error() -> None:
+    ask, _ = played(DEEP)
+    with pytest.raises(ReplyError, match="in 3 answers"):
+        await ask("a list", output=list[str])
+    ask, script = played(asked(("double", DEEP)), "done")
+    assert (await ask("go", tools=[double])).text == "done"
+    assert "the arguments are no JSON object" in script.bodies[1]["messages"][-1]["content"]
+
+
+@pytest.mark.parametrize("depth", [900, 970, 975, 978, 980, 982, 985, 990, 5000])
+async def test_a_body_nested_at_any_depth_is_a_typed_error(depth: int) -> None:
+    body = "[" * depth + "]" * depth
+    ask, _ = played(httpx.Response(200, text=body), retries=0)
+    with pytest.raises(ReplyError):
+        await ask("hi")
+
+
+@pytest.mark.parametrize("message", [{}, {"message": None}])
+async def test_a_blocked_answer_without_a_message_is_a_reply(message: dict[str, None]) -> None:
+    ask, script = played({"choices": [{"finish_reason": "content_filter", **message}]})
+    reply = await ask("hi")
+    assert (reply.text, reply.finish, len(script.bodies)) == ("", "content_filter", 1)
+
+
+async def test_a_whole_answer_to_a_stream_needs_no_finish() -> None:
+    ask, script = played({"choices": [{"message": {"content": "all"}, "finish_reason": None}]})
+    async with ask.stream("hi") as stream:
+        assert [piece async for piece in stream] == ["all"]
+    assert len(script.bodies) == 1
+
+
 async def test_a_type_pydantic_cannot_ask_for_is_a_setup_error() -> None:
     ask, script = played("unused")
     with pytest.raises(SetupError, match="output=<class 'test_calls.Script'> is no type pydantic"):
@@ -342,6 +452,8 @@ async def test_a_reply_is_a_prompt_and_the_callers_messages_are_left_alone() -> 
         (None, "the prompt is None"),
         (["hi"], r"a prompt list holds {'role', 'content'} messages, not 'hi'"),
         ([{"content": "hi"}], "a prompt list holds"),
+        (b"hi", "the prompt is of type bytes"),
+        ({"role": "user", "content": "hi"}, "the prompt is of type dict"),
     ],
 )
 async def test_a_prompt_that_is_none_is_a_type_error(prompt: Any, said: str) -> None:
@@ -350,6 +462,16 @@ async def test_a_prompt_that_is_none_is_a_type_error(prompt: Any, said: str) -> 
         await ask(prompt)
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'prompt'"):
         await ask()  # type: ignore[call-overload]
+    assert script.bodies == []
+
+
+async def test_what_belongs_to_the_model_is_not_a_parameter_of_a_call() -> None:
+    ask, script = played("unused")
+    for name in ("api_key", "base_url", "retries", "transport"):
+        with pytest.raises(SetupError, match=rf"{name}= is a field of the model: use \.using\("):
+            await ask("hi", **{name: "sk-other-12345678"})
+    with pytest.raises(SetupError, match="stream= is no parameter"):
+        await ask.using(stream=True)("hi")
     assert script.bodies == []
 
 
@@ -408,6 +530,7 @@ async def test_embeddings_come_in_order_in_as_few_requests_as_allowed() -> None:
     assert await ask.embed(texts) == [[float(text)] for text in texts]
     assert sizes == [2048, 2048, 904]
     assert await ask.embed([]) == []
+    assert await ask.embed(str(n) for n in range(3)) == [[0.0], [1.0], [2.0]]  # type: ignore[arg-type]
 
 
 async def test_embeddings_of_long_texts_are_split_by_size_too() -> None:

@@ -100,7 +100,7 @@ def forward_references(text: str) -> list[str]:
 
 
 def test_ember_has_few_enough_code_lines() -> None:
-    assert code_lines(TEXT) <= 1170
+    assert code_lines(TEXT) <= 1220
 
 
 def test_no_line_has_more_than_100_columns() -> None:

@@ -492,3 +492,17 @@ async def test_a_password_in_a_base_url_shows_in_no_error(
     error = await caught(lambda: model("hi"))
     assert isinstance(error, ember.EmberError)
     assert CANARY not in str(error)
+
+
+@pytest.mark.parametrize("padding", [*range(520, 600, 7)])
+async def test_a_key_that_is_cut_by_the_end_of_a_message_does_not_show(padding: int) -> None:
+    key = 'sk-canary-"A1b2C3d4"-A1b2C3d4'
+
+    def echo(request: httpx.Request) -> httpx.Response:
+        said = "x" * padding + request.headers["authorization"]
+        return httpx.Response(400, json={"error": {"message": said}})
+
+    model = ember.model("openai:gpt-4o", api_key=key, transport=httpx.MockTransport(echo))
+    with pytest.raises(ember.CallError) as caught:
+        await model("hi")
+    assert key[:8] not in str(caught.value)

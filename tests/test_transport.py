@@ -701,3 +701,46 @@ async def test_a_surplus_answer_is_not_the_next_call_s(server: Server, connect: 
     server.play(Answer(head=whole("first") + whole("surplus")), OPENAI.good("second"))
     model = connect(OPENAI)
     assert [(await model("hi")).text for _ in range(2)] == ["first", "second"]
+
+
+@pytest.mark.parametrize("proxy", ["ftp://127.0.0.1:1", "127.0.0.1:1", "http://127.0.0.1:1"])
+async def test_a_proxy_that_does_not_work_is_never_gone_round(
+    server: Server, connect: Connect, monkeypatch: pytest.MonkeyPatch, proxy: str
+) -> None:
+    server.play(OPENAI.good())
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    monkeypatch.setenv("NO_PROXY", "")
+    model = connect(OPENAI, retries=0)
+    for _ in range(3):
+        with pytest.raises(ember.CallError):
+            await model("hi")
+    assert server.requests == []
+
+
+async def test_garbage_behind_an_answer_does_not_hide_its_error(
+    server: Server, connect: Connect
+) -> None:
+    begun = b'data: {"choices": [{"delta": {"content": "one"}}]}\n\n'
+    error = b'data: {"error": {"type": "rate_limit_error", "message": "slow down"}}\n\n'
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (begun, error))
+    server.play(Answer(head=head + chunks + b"no chunk\r\n\r\n"))
+    with pytest.raises(ember.CallError, match="429: slow down") as caught:
+        async with connect(OPENAI).stream("hi") as stream:
+            async for _ in stream:
+                pass
+    assert caught.value.partial == "one"
+
+
+async def test_connections_left_by_a_burst_are_closed_bit_by_bit(
+    server: Server, connect: Connect
+) -> None:
+    model = connect(OPENAI)
+    server.play(OPENAI.good(then="close"))
+    await asyncio.gather(*(model("hi") for _ in range(20)))
+    server.play(OPENAI.good())
+    for _ in range(20):
+        await model("hi")
+    pool = ember._pool.get()
+    assert pool is not None
+    assert [len(idle) for idle in pool.idle.values()] == [1]
