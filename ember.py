@@ -350,6 +350,7 @@ def _count(usage: Any, *names: str) -> int:
     return next((n for n in counts if isinstance(n, int) and 0 < n < 1e12), 0)
 
 
+# Keywords that every provider knows, and those that are written anew.
 _KEPT = {"type", "enum", "const", "title", "description"}
 _MADE = _KEPT | {"properties", "$defs", "items", "anyOf", "oneOf", "required", "discriminator"}
 
@@ -363,9 +364,10 @@ def _strict(node: Any) -> JSON:
     if "$ref" in node:
         return {"$ref": node["$ref"]}
     kind, choices = node.get("type"), node.get("anyOf") or node.get("oneOf")
-    inside = {"object": "properties", "array": "items"}.get(kind, "type" if kind else "anyOf")
-    known = {inside} if kind in {"object", "array"} else {inside, "enum", "const", "oneOf"}
-    if not known & node.keys() or node.get("additionalProperties"):
+    is_open = kind == "object" and node.get("additionalProperties", "properties" not in node)
+    is_tuple = kind == "array" and "items" not in node
+    is_anything = not node.keys() & {"type", "anyOf", "oneOf", "enum", "const"}
+    if is_open or is_tuple or is_anything:
         raise ValueError("an open object, a tuple, or anything at all")
     strict = {key: value for key, value in node.items() if key in _KEPT}
     for key in node.keys() & {"properties", "$defs"}:
@@ -655,6 +657,7 @@ def _row(name: str, base_url: str | Callable[[], str], keys: str = "", **fields:
     return Provider(name, base_url, encode, _openai_reply, _openai_event, **row)
 
 
+# "modern": max_tokens is deprecated there; "plain": it refuses to be shown its own reasoning.
 _modern = functools.partial(_openai_body, max_tokens="max_completion_tokens")
 _plain = functools.partial(_modern, reasoning=False)
 _rows = (
@@ -747,6 +750,7 @@ class _Pool:
 
         async def release() -> None:
             with anyio.CancelScope(shield=True):
+                # httpcore does not tell (1.0.9): a server that answered twice left bytes behind
                 inner: Any = getattr(connection, "_connection", None)
                 surplus = inner and inner._h11_state.trailing_data[0]  # the next call would read it
                 if connection.is_idle() and not surplus:  # the answer was read to its end
@@ -936,12 +940,20 @@ async def _chunks(
             if chunk:
                 yield chunk
     finally:
-        # httpcore's iterators are nested and close only inside out: by a fault in the innermost.
-        with suppress(Exception), anyio.CancelScope() as scope:
-            scope.cancel()
-            for _ in range(100):  # pieces that are there already come without a wait
-                if await anext(pieces, None) is None:
-                    break
+        await _end(pieces)
+
+
+async def _end(pieces: AsyncIterator[bytes]) -> None:
+    """End an iterator by a fault in its innermost part, for httpcore's are nested.
+
+    `aclose()` would end the outer one only, and leave the others to the garbage collector. Pieces
+    that are there already come without a wait, which is where the fault would strike.
+    """
+    with suppress(Exception), anyio.CancelScope() as scope:
+        scope.cancel()
+        for _ in range(100):
+            if await anext(pieces, None) is None:
+                break
 
 
 async def _sse(chunk: bytes | None, chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
@@ -958,11 +970,11 @@ async def _sse(chunk: bytes | None, chunks: AsyncIterator[bytes]) -> AsyncGenera
             line += part
             if not part.endswith((b"\r", b"\n")):
                 continue
-            field_ = bytes(line).rstrip(b"\r\n").removeprefix(b"\xef\xbb\xbf")
+            entry = bytes(line).rstrip(b"\r\n").removeprefix(b"\xef\xbb\xbf")
             line.clear()
-            if field_.startswith(b"data:"):
-                data.append(field_[5:].removeprefix(b" "))
-            elif not field_ and data:
+            if entry.startswith(b"data:"):
+                data.append(entry[5:].removeprefix(b" "))
+            elif not entry and data:
                 yield b"\n".join(data)
                 data.clear()
         if chunk is None:
@@ -1298,15 +1310,16 @@ def _pause(call: _Call, error: EmberError, number: int) -> float:
 
 
 async def _run(
-    end: Endpoint, prompt: object, given: JSON, replies: list[Reply[Any]], **kind: Any
+    end: Endpoint, prompt: object, given: JSON, replies: list[Reply[Any]],
+    reporters: tuple[Callable[[Attempt], None], ...], *, stream: bool = False,
+    texts: Sequence[str] = (),
 ) -> AsyncGenerator[str]:
     """The pieces of an answer; the reply of each step goes into `replies`, at the end their sum.
 
     A request is sent again only until its first piece: what was read cannot be taken back.
     """
-    reporters, begun = kind.pop("reporters", _reporters.get()), time.perf_counter()
-    call = await _prepared(end, prompt, **end.defaults | given)
-    request, number, sent = replace(call.request, **kind), 0, False
+    begun, call = time.perf_counter(), await _prepared(end, prompt, **end.defaults | given)
+    request, number, sent = replace(call.request, stream=stream, texts=texts), 0, False
     while True:
         number, body = number + 1, dict[str, Any]()
         error: EmberError | None = None
@@ -1413,10 +1426,13 @@ def _bare(error: BaseException, end: Endpoint) -> BaseException:
     return error.with_traceback(None)
 
 
-async def _answer(end: Endpoint, prompt: object, given: JSON, **kind: Any) -> Reply[Any]:
+async def _answer(
+    end: Endpoint, prompt: object, given: JSON, texts: Sequence[str] = ()
+) -> Reply[Any]:
     """The reply to a prompt, with all that its tools and its typed output take."""
     replies: list[Reply[Any]] = []
-    async with aclosing(_run(end, prompt, given, replies, **kind)) as pieces:
+    run = _run(end, prompt, given, replies, _reporters.get(), texts=texts)
+    async with aclosing(run) as pieces:
         async for _ in pieces:
             pass
     return replies[-1]
@@ -1454,8 +1470,7 @@ class Stream:
     def __init__(self, end: Endpoint, prompt: object, given: JSON) -> None:
         self._end, self._replies = end, list[Reply[Any]]()
         self._texts, self._broken, self._ended = list[str](), False, False
-        kind = {"stream": True, "reporters": _reporters.get()}
-        self._pieces = _run(end, prompt, given, self._replies, **kind)
+        self._pieces = _run(end, prompt, given, self._replies, _reporters.get(), stream=True)
 
     @property
     def reply(self) -> Reply[Any]:
@@ -1489,7 +1504,8 @@ class Stream:
         await self._pieces.aclose()
 
     def __del__(self) -> None:
-        if self._texts and not self._broken and not self._ended:  # left by a `break`
+        # Left by a `break`: asyncio's own hook comes too late where the loop ends right after.
+        if self._texts and not self._broken and not self._ended:
             import asyncio
 
             with suppress(RuntimeError):

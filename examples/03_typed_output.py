@@ -24,8 +24,9 @@ class Review:
 async def main() -> None:
     """Read the texts side by side."""
     question = "Is this review positive or negative, and what is it about?"
-    read = models.local.using(output=Review, temperature=0, max_tokens=100)
-    for reply in await asyncio.gather(*(read(f"{question}\n\n{text}") for text in TEXTS)):
+    read = models.local.using(temperature=0, max_tokens=100)
+    asked = [read(f"{question}\n\n{text}", output=Review) for text in TEXTS]
+    for reply in await asyncio.gather(*asked):
         print(reply.data)
 
 

@@ -285,7 +285,7 @@ async def test_a_stream_that_was_closed_early_has_no_reply_and_does_not_end_sile
     with pytest.raises(CallError, match="closed or broke off before"):
         await anext(early)
     with pytest.raises(ember.EmberError, match="the stream has not ended"):
-        early.reply  # noqa: B018
+        early.reply
 
 
 # ── Typed output ───

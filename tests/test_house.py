@@ -99,8 +99,12 @@ def forward_references(text: str) -> list[str]:
     ]
 
 
-def test_ember_has_few_enough_code_lines() -> None:
-    assert code_lines(TEXT) <= 1220
+LIMIT = 1_220  # code lines; the aim is 1,000
+
+
+def test_ember_has_few_enough_code_lines_and_the_readme_says_how_many() -> None:
+    assert code_lines(TEXT) <= LIMIT
+    assert f"at most {LIMIT:,} lines of code" in (ROOT / "README.md").read_text(encoding="utf8")
 
 
 def test_no_line_has_more_than_100_columns() -> None:

@@ -722,7 +722,8 @@ async def test_garbage_behind_an_answer_does_not_hide_its_error(
 ) -> None:
     begun = b'data: {"choices": [{"delta": {"content": "one"}}]}\n\n'
     error = b'data: {"error": {"type": "rate_limit_error", "message": "slow down"}}\n\n'
-    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
+    head += b"transfer-encoding: chunked\r\n\r\n"
     chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (begun, error))
     server.play(Answer(head=head + chunks + b"no chunk\r\n\r\n"))
     with pytest.raises(ember.CallError, match="429: slow down") as caught:
