@@ -44,8 +44,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar, overload
 
 import anyio
-import anyio.lowlevel
-import anyio.to_thread
 import httpx
 
 __all__ = [
@@ -282,8 +280,7 @@ class Endpoint:
 # ── 3. Ledger ─── what the calls below report to
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
+class Attempt(NamedTuple):
     """One HTTP attempt. `outcome`: the reply, the error, or None where it was cancelled."""
 
     model: str
@@ -707,14 +704,13 @@ class _Pool:
         self.slots: dict[str, anyio.Semaphore] = {}
         self.proxied: dict[str, httpx.AsyncHTTPTransport | None] = {}
         self.locks: weakref.WeakKeyDictionary[Secret, anyio.Lock] = weakref.WeakKeyDictionary()
-        self.closing = self._close_with_loop()
 
-    async def _close_with_loop(self) -> AsyncGenerator[None]:
+    async def close_with(self, loop: Any) -> AsyncGenerator[None]:
         """Suspended for the loop's life: a loop closes its async generators when it ends."""
         try:
             yield
         finally:
-            _pool.set(None)
+            _pools.pop(loop, None)
             idle = itertools.chain.from_iterable(self.idle.values())
             with anyio.CancelScope(shield=True):  # trio closes generators in a cancelled scope
                 for connection in (*idle, *filter(None, self.proxied.values())):
@@ -773,14 +769,19 @@ async def _closed(response: Any) -> None:
 
 
 _CA = ("SSL_CERT_FILE", "SSL_CERT_DIR")
-_pool: anyio.lowlevel.RunVar[_Pool | None] = anyio.lowlevel.RunVar("ember_pool", None)
+_pools: weakref.WeakKeyDictionary[Any, tuple[_Pool, Any]] = weakref.WeakKeyDictionary()
 
 
 async def _current_pool() -> _Pool:
-    if (pool := _pool.get()) is None:
-        _pool.set(pool := _Pool())
-        await anext(pool.closing)
-    return pool
+    """The pool of the event loop that runs this."""
+    from anyio.lowlevel import current_token
+
+    loop = current_token().native_token
+    if loop not in _pools:
+        pool = _Pool()
+        _pools[loop] = pool, pool.close_with(loop)
+        await anext(_pools[loop][1])
+    return _pools[loop][0]
 
 
 @functools.lru_cache(4)
@@ -858,7 +859,10 @@ async def _key_headers(end: Endpoint, url: httpx.URL, pool: _Pool) -> dict[str, 
 async def _url(end: Endpoint, path: str, options: JSON) -> httpx.URL:
     """The base URL with the path; options that the path names are taken out of `options`."""
     base = end.base_url or os.environ.get(end.provider.url_env) or end.provider.base_url
-    base = base if isinstance(base, str) else await anyio.to_thread.run_sync(base)
+    if not isinstance(base, str):
+        from anyio import to_thread
+
+        base = await to_thread.run_sync(base)
     for name in re.findall(r"\{(\w+)\}", path):
         value = end.id if name == "model" else options.pop(name, "")
         path = path.replace(f"{{{name}}}", urllib.parse.quote(str(value), safe=""))
@@ -1143,8 +1147,7 @@ def _tool(function: Any) -> tuple[Any, JSON]:
     return adapter, {"type": "function", "function": described}
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
+class _Call(NamedTuple):
     """A call that is ready to be made."""
 
     end: Endpoint
@@ -1392,6 +1395,7 @@ async def _results(functions: Mapping[str, Any], calls: Sequence[ToolCall]) -> l
     What a tool raises is its result: the model can put it right.
     """
     import pydantic_core
+    from anyio import to_thread
 
     async def run(asked: ToolCall, turn: JSON) -> None:
         try:
@@ -1402,7 +1406,7 @@ async def _results(functions: Mapping[str, Any], calls: Sequence[ToolCall]) -> l
             function, named = functions[asked.name], pydantic_core.ArgsKwargs((), asked.arguments)
             call = functools.partial(_tool(function)[0].validate_python, named)
             is_async = inspect.iscoroutinefunction(function)
-            thread = functools.partial(anyio.to_thread.run_sync, call, abandon_on_cancel=True)
+            thread = functools.partial(to_thread.run_sync, call, abandon_on_cancel=True)
             result = call() if is_async else await thread()
             result = await result if inspect.isawaitable(result) else result
             result = str(result) if isinstance(result, Reply) else result
