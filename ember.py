@@ -778,6 +778,9 @@ async def _current_pool() -> _Pool:
 
     loop = current_token().native_token
     if loop not in _pools:
+        # One that was closed without ending its generators would be held for ever by its pool.
+        for dead in [old for old in _pools if getattr(old, "is_closed", bool)()]:
+            del _pools[dead]
         pool = _Pool()
         _pools[loop] = pool, pool.close_with(loop)
         await anext(_pools[loop][1])

@@ -744,3 +744,18 @@ async def test_connections_left_by_a_burst_are_closed_bit_by_bit(
         await model("hi")
     pool, _ = ember._pools[asyncio.get_running_loop()]
     assert [len(idle) for idle in pool.idle.values()] == [1]
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_loops_that_only_are_closed_are_not_held_for_ever(server: Server, connect: Connect) -> None:
+    server.play(OPENAI.good())
+    model = connect(OPENAI)
+    for _ in range(5):
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(model("hi"))
+        loop.close()
+    asyncio.run(model("hi"))
+    gc.collect()
+    assert [old for old in ember._pools if old.is_closed()] == []
+    anyio.run(until, lambda: server.open == 0)
