@@ -272,20 +272,17 @@ async def test_arguments_that_are_streamed_as_an_object_reach_the_tool() -> None
     assert script.bodies[1]["messages"][-1]["content"] == "8"
 
 
-async def test_a_stream_that_was_closed_early_has_no_reply_and_does_not_end_silently() -> None:
-    ask, _ = played(asked(("double", '{"x": 4}')), "done")
-    stream = ask.stream("go", tools=[double])
-    async with stream:
-        async for _piece in stream:
-            break
-    if stream._ended:  # one piece was all there was
-        assert stream.reply.text == "done"
-    early = ask.stream("go")
-    await early.aclose()
-    with pytest.raises(CallError, match="closed or broke off before"):
-        await anext(early)
+async def test_a_stream_left_in_its_second_step_has_no_reply_and_does_not_end_silently() -> None:
+    pieces = [{"choices": [{"delta": {"content": text}}]} for text in "ab"]
+    second = "".join(f"data: {json.dumps(piece)}\n\n" for piece in pieces)
+    ask, _ = played(asked(("double", '{"x": 4}')), httpx.Response(200, text=second))
+    async with ask.stream("go", tools=[double]) as stream:
+        assert await anext(stream) == "a"
+    with pytest.raises(CallError, match="closed or broke off before") as caught:
+        await anext(stream)
+    assert caught.value.partial == "a"
     with pytest.raises(ember.EmberError, match="the stream has not ended"):
-        early.reply
+        stream.reply  # noqa: B018
 
 
 # ── Typed output ───
@@ -556,6 +553,40 @@ async def test_wrong_embeddings_are_errors_that_say_so() -> None:
     claude, _ = played("unused", name="anthropic:claude-sonnet-5")
     with pytest.raises(SetupError, match="this provider has no embeddings; use models.embedding"):
         await claude.embed(["a"])
+
+
+# ── Waits ───
+
+
+async def test_a_retry_waits_as_long_as_the_server_asks_and_a_random_time_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waits, bounds = list[float](), list[tuple[float, float]]()
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    def uniform(low: float, high: float) -> float:
+        bounds.append((low, high))
+        return 0.25
+
+    monkeypatch.setattr(anyio, "sleep", sleep)
+    monkeypatch.setattr("random.uniform", uniform)
+    asks = [httpx.Response(429, headers={"retry-after": "2"}), httpx.Response(503)]
+    ask, _ = played(*asks, httpx.Response(503), httpx.Response(503), "done", retries=9)
+    assert (await ask("hi")).text == "done"
+    assert waits == [2.25, 0.25, 0.25, 0.25]
+    assert bounds == [(0, 0.5), (0, 1), (0, 2), (0, 4)]
+
+
+async def test_a_stream_stalls_before_its_headers_with_a_transport_of_ones_own_too() -> None:
+    async def hang(_: httpx.Request) -> httpx.Response:
+        await anyio.sleep_forever()
+        raise AssertionError
+
+    ask, _ = played("unused", stall=0.03, retries=2)
+    with pytest.raises(CallError, match=r"no byte for stall=0\.03 s"):
+        await anext(ask.using(transport=httpx.MockTransport(hang)).stream("hi"))
 
 
 # ── What the calls report ───

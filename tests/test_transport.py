@@ -759,3 +759,23 @@ def test_loops_that_only_are_closed_are_not_held_for_ever(server: Server, connec
     gc.collect()
     assert [old for old in ember._pools if old.is_closed()] == []
     anyio.run(until, lambda: server.open == 0)
+
+
+def test_trio_closes_every_idle_connection_at_the_end_of_a_run(
+    server: Server, connect: Connect
+) -> None:
+    server.play(OPENAI.good())
+    model = connect(OPENAI)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(model, "hi")
+
+    gc.collect()
+    gc.disable()  # it would close what was left open
+    try:
+        trio.run(main)
+        anyio.run(until, lambda: server.open == 0)
+    finally:
+        gc.enable()
