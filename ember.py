@@ -14,6 +14,9 @@ A model is an async function. It takes a prompt and returns a `Reply`:
     mine = model("openai:gpt-4o", base_url="https://gateway.example/v1", retries=5)
     colours = (await mine("Name three colours", output=list[str])).data
 
+Decorators make any async function sturdier: `@retry @cache @batch @limit(rpm=600)`. `gather`,
+`parallel`, `graph` run many at once; `track` and `budget` count what they take.
+
 The file is read downwards, as data flows: a prompt becomes a request, bytes, a reply. A section
 uses only the sections above it. All times are in seconds, all money is in US dollars.
 """
@@ -23,36 +26,62 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import datetime
+import difflib
+import dis
+import enum
 import functools
+import graphlib
+import hashlib
+import importlib
 import inspect
 import itertools
 import json
+import keyword
+import math
 import os
 import random
 import re
+import sys
 import threading
 import time
+import types
+import typing
 import urllib.parse
 import urllib.request
 import warnings
 import weakref
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping, Sequence
+from collections import deque
+from collections.abc import (
+    AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Generator,
+    Iterable, Mapping, Sequence,
+)
 from contextlib import AsyncExitStack, aclosing, suppress
-from contextvars import ContextVar
+from contextvars import ContextVar, Token, copy_context
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar, overload
+from typing import (
+    Any, Generic, Literal, NamedTuple, ParamSpec, Protocol, Self, TypeGuard, TypeVar, overload,
+)  # fmt: skip
 
 import anyio
 import httpx
 
 __all__ = [
-    "Attempt", "CallError", "EmberError", "Endpoint", "Model", "Models", "Price", "Provider",
-    "Reply", "ReplyError", "Request", "Secret", "SetupError", "Stream", "ToolCall", "Usage",
-    "model", "models", "providers",
+    "Attempt", "Budget", "BudgetExceeded", "CallError", "EmberError", "Endpoint", "Fn", "Graph",
+    "Ledger", "Limit", "Model", "Models", "On", "Price", "Provider", "Reply", "ReplyError",
+    "Request", "Secret", "SetupError", "Stream", "ToolCall", "Usage", "as_completed",
+    "batch", "budget", "cache", "fallback", "gather", "graph", "limit", "model", "models",
+    "parallel", "providers", "retry", "sync", "track", "transient",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
+A = TypeVar("A")
+B = TypeVar("B")
+C = TypeVar("C")
+D = TypeVar("D")
+P = ParamSpec("P")
+R = TypeVar("R")
 T = TypeVar("T")
 JSON = dict[str, Any]
 
@@ -62,7 +91,8 @@ JSON = dict[str, Any]
 # EmberError
 #  ├── SetupError    the code or the environment must change; never retried
 #  ├── CallError     the provider refused the call, or could not be reached
-#  └── ReplyError    it answered, but not with what was asked for
+#  ├── ReplyError    it answered, but not with what was asked for
+#  └── BudgetExceeded  the call could cost more than the budget has left
 
 
 class EmberError(Exception):
@@ -87,18 +117,24 @@ class CallError(EmberError):
     """The provider refused the call, or could not be reached.
 
     `status`: the HTTP status, if there was one. `retry_after`: the wait in seconds that the
-    server asked for. `partial`: the text that a stream had delivered before it broke.
+    server asked for. `partial`: the text that a stream had delivered before it broke. `unsent`:
+    no connection was made, so that nothing can have been billed.
     """
 
     status: int | None = None
     retry_after: float | None = None
     partial: str = ""
+    unsent: bool = False
 
 
 class ReplyError(EmberError):
     """The provider answered, but not with what was asked for. `raw`: what it answered."""
 
     raw: Any = None
+
+
+class BudgetExceeded(EmberError):
+    """The call could cost more than the budget has left. It was not sent."""
 
 
 # ── 2. Values ─── the nouns: frozen, compared by value
@@ -257,10 +293,11 @@ class Secret:
 class Endpoint:
     """Where a model is served and how it is called: all of a `Model` but its verbs.
 
-    `limit` is an async context manager, not bound to a task, for each request. `retries` is how
-    often a request that failed is sent again, `timeout` bounds the call with all attempts and
-    waits, `connect` one connection, and `stall` the silence within a stream. `transport` replaces
-    the connections. `defaults` are parameters of every call.
+    `limit` is what each request waits for: a `limit(…)`, or any async context manager that is not
+    bound to a task, such as a semaphore. `retries` is how often a request that failed is sent
+    again, `timeout` bounds the call with all attempts and waits, `connect` one connection, and
+    `stall` the silence within a stream. `transport` replaces the connections. `defaults` are
+    parameters of every call.
     """
 
     provider: Provider
@@ -268,7 +305,7 @@ class Endpoint:
     base_url: str = ""
     api_key: Secret | None = None
     price: Price | None = None
-    limit: contextlib.AbstractAsyncContextManager[Any] | None = None
+    limit: Any = None
     retries: int = 2
     timeout: float = 600.0
     connect: float = 5.0
@@ -277,19 +314,318 @@ class Endpoint:
     defaults: JSON = field(default_factory=dict[str, Any], hash=False)
 
 
-# ── 3. Ledger ─── what the calls below report to
+# ── 3. Ledger ─── context variables that the calls below report to, and obey
 
 
 class Attempt(NamedTuple):
-    """One HTTP attempt. `outcome`: the reply, the error, or None where it was cancelled."""
+    """One HTTP attempt, as a ledger has it.
 
+    `parent` is the id of the decorated function's call that it was made in, and `path` all such
+    calls, outermost first, as (id, function). `started` is a Unix time. `outcome` is "ok",
+    "cancelled", or the error's class and text. `uncertain`: the most it can have cost, in US
+    dollars, where it was sent and nobody knows if it was billed.
+    """
+
+    id: str
+    parent: str | None
+    function: str
     model: str
     started: float
     seconds: float
-    outcome: Reply[Any] | EmberError | None
+    usage: Usage
+    cost: float | None
+    outcome: str
+    error: EmberError | None = None
+    uncertain: float = 0.0
+    provider: str = ""
+    path: tuple[tuple[str, str], ...] = ()
 
 
-_reporters: ContextVar[tuple[Callable[[Attempt], None], ...]] = ContextVar("reporters", default=())
+class Ledger:
+    """What calls took: `calls` has one record an attempt, all else is a sum over them.
+
+    `print(ledger)` is a table. `add` brings in what another process counted.
+    """
+
+    def __init__(
+        self, calls: Sequence[Attempt] = (), hits: Sequence[tuple[str, float]] = (),
+        on_call: Callable[[Attempt], object] | None = None,
+    ) -> None:
+        self.calls, self.on_call = list(calls), on_call
+        self.saves = list(hits)  # of caches: the function, and the dollars saved
+        self.over, self._tokens = False, list[Token[tuple[Ledger, ...]]]()
+
+    def __enter__(self) -> Self:
+        self.over, ledgers = False, _ledgers.get()
+        self._tokens.append(_ledgers.set(ledgers if self in ledgers else (*ledgers, self)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        others = tuple(one for one in _ledgers.get() if one is not self)
+        for token in reversed(self._tokens):
+            with suppress(ValueError):  # it was opened in another context
+                _ledgers.reset(token)
+                self._tokens.remove(token)
+                break
+        else:
+            self.over = True  # in that context too
+        again = self in _ledgers.get()
+        _ledgers.set((*others, self) if again else others)
+
+    def __reduce__(self) -> Any:
+        return Ledger, (self.calls, self.saves)
+
+    @property
+    def requests(self) -> int:
+        """How many HTTP attempts there were, failed ones too."""
+        return len(self.calls)
+
+    @property
+    def failures(self) -> int:
+        """How many attempts brought no answer."""
+        return sum(call.outcome != "ok" for call in self.calls)
+
+    @property
+    def hits(self) -> int:
+        """How many calls a cache answered."""
+        return len(self.saves)
+
+    @property
+    def cost(self) -> float:
+        """US dollars that are known to be spent."""
+        return sum(call.cost or 0.0 for call in self.calls)
+
+    @property
+    def uncertain(self) -> float:
+        """US dollars at most for attempts that were sent, and whose outcome nobody knows."""
+        return sum(call.uncertain for call in self.calls)
+
+    @property
+    def saved(self) -> float:
+        """US dollars that caches have saved."""
+        return sum(dollars for _, dollars in self.saves)
+
+    @property
+    def tokens_in(self) -> int:
+        """Tokens of input."""
+        return sum(call.usage.tokens_in for call in self.calls)
+
+    @property
+    def tokens_out(self) -> int:
+        """Tokens of output."""
+        return sum(call.usage.tokens_out for call in self.calls)
+
+    @property
+    def p50(self) -> float:
+        """The median latency of the attempts that brought an answer, in seconds."""
+        return self._quantile(0.5)
+
+    @property
+    def p95(self) -> float:
+        """The latency that 95% of the attempts with an answer did not exceed, in seconds."""
+        return self._quantile(0.95)
+
+    def _quantile(self, share: float) -> float:
+        times = sorted(call.seconds for call in self.calls if call.outcome == "ok")
+        return times[math.ceil(share * len(times)) - 1] if times else 0.0
+
+    @property
+    def by_model(self) -> dict[str, Ledger]:
+        """A ledger for each model's id."""
+        names = dict.fromkeys(call.model for call in self.calls)
+        return {name: Ledger([c for c in self.calls if c.model == name]) for name in names}
+
+    @property
+    def by_function(self) -> dict[str, Ledger]:
+        """A ledger for each decorated function that made calls; "" is for all other calls."""
+        names = dict.fromkeys([c.function for c in self.calls] + [name for name, _ in self.saves])
+        return {
+            name: Ledger(
+                [c for c in self.calls if c.function == name],
+                [hit for hit in self.saves if hit[0] == name],
+            )
+            for name in names
+        }
+
+    def add(self, other: Ledger) -> None:
+        """Count what another ledger has counted, in a worker process for one."""
+        self.calls += other.calls
+        self.saves += other.saves
+
+    def __str__(self) -> str:
+        titles = "requests,failures,hits,tokens in,tokens out,p50 s,p95 s,USD,saved,uncertain"
+        rows: list[tuple[str, ...]] = [("", *titles.split(","))]
+        parts = {**self.by_model, **{f"{n}()": v for n, v in self.by_function.items() if n}}
+        for name, part in {**parts, "total": self}.items():
+            counts = (part.requests, part.failures, part.hits, part.tokens_in, part.tokens_out)
+            money = (part.cost, part.saved, part.uncertain)
+            times = (f"{part.p50:.2f}", f"{part.p95:.2f}")
+            rows.append((name, *map(str, counts), *times, *(f"{usd:.6f}" for usd in money)))
+        sizes = [max(map(len, column)) for column in zip(*rows)]
+        lines = [[cell.rjust(size) for cell, size in zip(row, sizes)] for row in rows]
+        return "\n".join("  ".join([row[0].ljust(sizes[0]), *line[1:]]).rstrip()
+                         for row, line in zip(rows, lines))  # fmt: skip
+
+
+class Budget(Ledger):
+    """A ledger with an end: `usd` dollars, of which `left` are not spent."""
+
+    def __init__(
+        self, usd: float, warn: float, on_warn: Callable[[str], object], assume_tokens: int
+    ) -> None:
+        super().__init__()
+        self.usd, self.assume_tokens = usd, assume_tokens
+        self._warn, self._on_warn, self._warned = warn, on_warn, False
+        self._spent, self._reserved, self._open = 0.0, 0.0, 0
+        self._lock, self._waiting = threading.Lock(), list[tuple[Any, anyio.Event]]()
+
+    @property
+    def left(self) -> float:
+        """US dollars that are neither spent nor uncertain."""
+        return self.usd - self._spent
+
+    def reserve_nowait(self, dollars: float) -> anyio.Event | None:
+        """Keep dollars for an attempt; else the event that says when to try again."""
+        with self._lock:
+            if self._spent + self._reserved + dollars <= self.usd + 1e-12:
+                self._reserved += dollars
+                self._open += 1
+                return None
+            if not self._open:
+                what = f"it can cost ${dollars:.6f}, and of the budget of ${self.usd:g}"
+                how = "Raise usd=, or set max_tokens= lower"
+                raise BudgetExceeded(f"{what} only ${self.left:.6f} are left. {how}")
+            self._waiting.append((_running_loop(), event := anyio.Event()))
+            return event
+
+    def settle(self, reserved: float, spent: float) -> None:
+        """Give back what was reserved for an attempt, and count what it took."""
+        with self._lock:
+            self._reserved -= reserved
+            self._open -= 1
+            self._spent += spent
+            waiting, self._waiting = self._waiting, []
+            warns = not self._warned and self._spent >= self._warn * self.usd
+            self._warned = self._warned or warns
+        for loop, event in waiting:
+            with suppress(RuntimeError):  # that loop has ended
+                at = "call_soon_threadsafe" if hasattr(loop, "call_later") else "run_sync_soon"
+                getattr(loop, at)(event.set)
+        if warns:
+            share = f"{self._spent / self.usd:.0%}" if self.usd else "all"
+            _tell(self._on_warn, f"${self._spent:.6f} of the budget of ${self.usd:g} ({share})"
+                                 " are spent")  # fmt: skip
+
+
+def _ended(loop: Any) -> bool:
+    """Whether an event loop has ended: asyncio's, or that of trio's token."""
+    if hasattr(loop, "is_closed"):
+        return bool(loop.is_closed())
+    try:
+        loop.run_sync_soon(bool)
+    except RuntimeError:
+        return True
+    return False
+
+
+def _running_loop() -> Any:
+    """The event loop that runs this: asyncio's loop, or trio's token."""
+    if (asyncio := sys.modules.get("asyncio")) and (loop := asyncio._get_running_loop()):
+        return loop
+    from anyio.lowlevel import current_token
+
+    return current_token().native_token
+
+
+def _tell(listener: Callable[[Any], object], what: Any) -> None:
+    """Call a listener. A fault of its own must not cost the answer that it hears of."""
+    try:
+        listener(what)
+    except Exception as error:
+        name = getattr(listener, "__name__", "a listener")
+        warnings.warn(f"{name}() failed: {error!r}. Mend it", RuntimeWarning, stacklevel=2)
+
+
+def track(on_call: Callable[[Attempt], object] | None = None) -> Ledger:
+    """A ledger of the calls made in its `with` block, and in the tasks that start there.
+
+    `on_call` is called with each `Attempt` as it ends.
+
+    >>> with track() as ledger:
+    ...     pass  # await models.gpt4("…")
+    >>> ledger.requests, ledger.cost
+    (0, 0)
+    """
+    return Ledger(on_call=on_call)
+
+
+def budget(
+    usd: float, *, warn: float = 0.8, on_warn: Callable[[str], object] = print,
+    assume_tokens: int = 4096,
+) -> Budget:
+    """A budget for the calls made in its `with` block: a ledger that lets no more be spent.
+
+    The most that each attempt can cost is reserved before it is sent: a token for each byte of
+    input, and `max_tokens`, which is set to `assume_tokens` where it is not given. A call that
+    does not fit waits while others are under way, and then raises BudgetExceeded. `on_warn` hears
+    once that the share `warn` is spent. A model without a price raises SetupError.
+
+    >>> with budget(usd=1.00) as spent:
+    ...     pass  # await models.gpt4("…")
+    >>> spent.left
+    1.0
+    """
+    if not usd >= 0 or assume_tokens < 1:
+        raise SetupError(f"budget() takes dollars and tokens, not {usd!r} and {assume_tokens!r}")
+    return Budget(usd, warn, on_warn, assume_tokens)
+
+
+class _Retrying(NamedTuple):
+    """What an enclosing `retry` says of the requests made within it."""
+
+    max_attempts: int
+    wait: Callable[[BaseException, int], float] | None
+    deadline: float
+
+
+@dataclass
+class _Pass:
+    """A limit that holds here, and the admission that nobody has used yet."""
+
+    limit: Any
+    admission: Any = None
+
+    def taken(self) -> Any:
+        """The admission, for the one attempt that uses it."""
+        admission, self.admission = self.admission, None
+        return admission
+
+
+_ledgers: ContextVar[tuple[Ledger, ...]] = ContextVar("ledgers", default=())
+_path: ContextVar[tuple[tuple[str, str], ...]] = ContextVar("path", default=())
+_retrying: ContextVar[_Retrying | None] = ContextVar("retrying", default=None)
+_passes: ContextVar[tuple[_Pass, ...]] = ContextVar("passes", default=())
+_ids = itertools.count(1)
+
+
+class _Scope(NamedTuple):
+    """The context that a call is made in; a stream keeps the one that it was created in."""
+
+    ledgers: tuple[Ledger, ...]
+    path: tuple[tuple[str, str], ...]
+    retrying: _Retrying | None
+    passes: tuple[_Pass, ...]
+
+    @staticmethod
+    def now() -> _Scope:
+        """The context of the caller."""
+        ledgers = tuple(ledger for ledger in _ledgers.get() if not ledger.over)
+        return _Scope(ledgers, _path.get(), _retrying.get(), _passes.get())
+
+
+def _new_id() -> str:
+    """An id that no other process on this machine has."""
+    return f"{os.getpid():x}-{next(_ids):x}"
 
 
 # ── 4. Providers ─── request ⇄ JSON, as pure functions in rows; no I/O
@@ -817,6 +1153,7 @@ def _guarded(deadline: float, late: str) -> Generator[None]:
         unsent = network and name not in {"ReadTimeout", "WriteTimeout"}
         advice = "Check the network and base_url=" if network else "Look into the code passed in"
         fault = CallError(f"{name}: {text}. {advice}", transient=unsent)
+        fault.unsent = name in {"ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError"}
     raise fault
 
 
@@ -886,9 +1223,12 @@ _HEADERS = {
 
 @contextlib.asynccontextmanager
 async def _response(
-    end: Endpoint, request: Request, deadline: float
+    end: Endpoint, request: Request, deadline: float, body: JSON
 ) -> AsyncGenerator[httpx.Response]:
-    """The provider's 200 to a request, its body still to be read; CallError for any other."""
+    """The provider's 200 to a request, still to be read; CallError for any other.
+
+    `body` notes how far it came: if it was `sent`, and the `headers` of the 200.
+    """
     row, host, request = end.provider, "", replace(request, options=dict(request.options))
     path = row.embed_path if request.texts else (request.stream and row.stream_path) or row.path
     try:
@@ -897,7 +1237,8 @@ async def _response(
                 pool, url = await _current_pool(), await _url(end, path, request.options)
                 host = f"{url.scheme}://{url.netloc.decode()}"
                 slots = anyio.Semaphore(row.connections, fast_acquire=True)
-                await stack.enter_async_context(end.limit or contextlib.nullcontext())
+                if hasattr(end.limit, "__aenter__"):
+                    await stack.enter_async_context(end.limit)
                 await stack.enter_async_context(pool.slots.setdefault(host, slots))
                 headers = await _key_headers(end, url, pool)
                 content = json.dumps(row.encode(request), allow_nan=False).encode()
@@ -906,6 +1247,7 @@ async def _response(
                 sent = httpx.Request("POST", url, **how)
                 proxy = None if callable(row.base_url) else pool.proxy(url, host)
                 wait = anyio.current_time() + end.stall if request.stream else deadline
+                body["sent"] = True
                 with _guarded(min(wait, deadline), _SILENT.format(end.stall)):
                     if transport := end.transport or proxy:
                         response = await transport.handle_async_request(sent)
@@ -914,6 +1256,7 @@ async def _response(
                         response = await pool.send(sent, host, stack)
             if not response.is_success:
                 raise await _status_error(response, deadline)
+            body["headers"] = response.headers
             yield response
     except CallError as error:
         if error.status is None and host:
@@ -1244,7 +1587,7 @@ async def _exchange(call: _Call, request: Request, body: JSON) -> AsyncGenerator
     """One attempt: the pieces of a stream as they arrive; `body["raw"]` ends as the JSON answer."""
     end, stall = call.end, call.end.stall if request.stream else float("inf")
     async with AsyncExitStack() as stack:
-        response = await stack.enter_async_context(_response(end, request, call.deadline))
+        response = await stack.enter_async_context(_response(end, request, call.deadline, body))
         chunks = _chunks(response, call.deadline, _late(end), stall)
         await stack.enter_async_context(aclosing(chunks))
         first = await anext(chunks, b"")
@@ -1301,27 +1644,194 @@ def _hidden(text: str, key: str) -> str:
     return functools.reduce(lambda left, size: left.replace(key[:size], "***"), sizes, text)
 
 
-def _pause(call: _Call, error: EmberError, number: int) -> float:
-    """The wait before the next attempt; raises the error where there is to be none.
+def _backoff(
+    error: BaseException, number: int, strategy: Callable[[BaseException, int], float] | None
+) -> float:
+    """The wait before the next attempt: full jitter, above what the server asks for.
 
-    Full jitter: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
+    A strategy takes the place of the jitter, and the longer of the two wins.
+    https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
     """
+    asked = _asked(error) or 0.0
+    if strategy:
+        return max(asked, strategy(error, number))
+    return asked + random.uniform(0, min(8, 0.5 * 2 ** (number - 1)))
+
+
+def _asked(error: BaseException) -> float | None:
+    """The wait that the server asks for, where an error of any library says it."""
+    if (said := getattr(error, "retry_after", None)) is not None:
+        return said if isinstance(said, int | float) else None
+    headers: Any = getattr(getattr(error, "response", None), "headers", None)
+    return _retry_after(headers) if hasattr(headers, "get") else None
+
+
+def _pause(call: _Call, scope: _Scope, error: EmberError, number: int) -> float:
+    """The wait before the next attempt; raises the error where there is to be none."""
     error.attempts = number
-    if not error.transient or number > call.end.retries:
+    outer = scope.retrying or _Retrying(call.end.retries + 1, None, _EVER)
+    if not error.transient or number >= outer.max_attempts:
         raise error
-    asked = error.retry_after if isinstance(error, CallError) else None
-    wait = (asked or 0) + random.uniform(0, min(8, 0.5 * 2 ** (number - 1)))
-    if wait > call.deadline - anyio.current_time():
+    wait, asked = _backoff(error, number, outer.wait), _asked(error)
+    left = min(call.deadline, outer.deadline) - anyio.current_time()
+    if wait > left:
         why = f"The server asks for a wait of {asked:g} s" if asked else "The next attempt is due"
-        error.args = (f"{error} {why}, which would pass timeout={call.end.timeout:g} s.",)
+        own = call.deadline <= outer.deadline
+        whose = f"timeout={call.end.timeout:g} s" if own else "timeout= of retry"
+        error.args = (f"{error} {why}, which would pass {whose}.",)
         raise error
     return wait
 
 
+_MOST = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+_ASSUMED = 4096  # tokens of an answer without an end
+_IMAGE_TOKENS = 8192  # of a picture that the provider fetches: more than any of them takes
+
+
+def _worst(end: Endpoint, request: Request) -> float:
+    """The most that a request can cost in US dollars: a token a byte, and all it may answer."""
+    body = end.provider.encode(request)
+    text = json.dumps(body, ensure_ascii=False)
+    pictures = len(re.findall(r'"url": "http', text))
+    size = len(text.encode(errors="replace")) + _IMAGE_TOKENS * pictures
+    most = [body.get(name) for name in _MOST] + [request.max_tokens]
+    assumed = 0 if request.texts else _ASSUMED
+    answers = max([n for n in most if isinstance(n, int)], default=assumed) * (body.get("n") or 1)
+    used = [Usage(size, answers), Usage(size, answers, size)]
+    used.append(Usage(size, answers, tokens_written=size))
+    if '"cache_control"' in text:
+        used.append(Usage(size, answers, tokens_written_1h=size))
+    return max((end.price.cost(usage) or 0.0 for usage in used), default=0.0) if end.price else 0.0
+
+
+def _bounded(request: Request, most: int) -> Request:
+    """The request with an end to its answer, where it has none."""
+    open_ended = request.max_tokens is None and request.options.keys().isdisjoint(_MOST)
+    return replace(request, max_tokens=most) if open_ended and not request.texts else request
+
+
+async def _admission(limit: Any, passes: Sequence[_Pass], tokens: float) -> Any:
+    """A place under a limit: the one that an enclosing function holds for it, or a new one."""
+    for held in passes:
+        if held.limit is limit and (admission := held.taken()):
+            admission.resize(tokens)
+            return admission
+    if admission := limit.admit_nowait(tokens):
+        return admission
+    for held in passes:  # a place held while waiting for another could be waited for, in a circle
+        if held.admission:
+            held.taken().end(None, unsent=True)
+    return await limit.admit(tokens)
+
+
+class _Entry:
+    """What lets one attempt through: reserved dollars, and places under limits."""
+
+    def __init__(self, end: Endpoint, scope: _Scope) -> None:
+        self.scope, self.admissions = scope, list[Any]()
+        self.budgets = [ledger for ledger in scope.ledgers if isinstance(ledger, Budget)]
+        own = [end.limit] if hasattr(end.limit, "admit") else []
+        self.limits = sorted({p.limit for p in scope.passes} | {*own}, key=lambda one: one.order)
+        self.reserved, self.worst = list[Budget](), 0.0
+
+    async def enter(self, end: Endpoint, request: Request) -> None:
+        """Wait for all that it takes; in one order for all, so that nobody waits in a circle."""
+        try:
+            if self.budgets:
+                if end.price is None:
+                    what = "a budget is open, and no price is known"
+                    raise SetupError(f"{what}. Say it with .using(price=(input, output))")
+                self.worst = _worst(end, request)
+            for one in self.budgets:
+                while event := one.reserve_nowait(self.worst):
+                    for held in self.scope.passes:
+                        if held.admission:
+                            held.taken().end(None, unsent=True)
+                    await event.wait()
+                self.reserved.append(one)
+            said = sum(len(str(m.get("content"))) for m in request.messages) if self.limits else 0
+            tokens = (said + sum(map(len, request.texts))) / 4 + (request.max_tokens or 256)
+            for limit in self.limits:
+                self.admissions.append(await _admission(limit, self.scope.passes, tokens))
+        except BaseException:
+            self.leave(None, 0.0, unsent=True)
+            raise
+
+    def leave(
+        self, usage: Usage | None, spent: float, *, unsent: bool = False,
+        error: BaseException | None = None, headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Give back the places and the dollars that were not spent."""
+        for admission in self.admissions:
+            admission.end(usage, unsent=unsent, error=error, headers=headers)
+        for one in self.reserved:
+            one.settle(self.worst, spent)
+        self.admissions, self.reserved = [], []
+
+
+async def _attempt(
+    call: _Call, request: Request, scope: _Scope, ended: list[Reply[Any] | EmberError]
+) -> AsyncGenerator[str]:
+    """The pieces of one attempt, which limits admit, and ledgers hear of; `ended` gets its end."""
+    end, entry, body = call.end, _Entry(call.end, scope), dict[str, Any]()
+    if entry.budgets:
+        request = _bounded(request, min(one.assume_tokens for one in entry.budgets))
+    if entry.budgets or entry.limits:
+        with _guarded(call.deadline, _late(end)):
+            await entry.enter(end, request)
+    started, clock = time.time(), time.perf_counter()
+    error: EmberError | None = None
+    try:
+        try:
+            async with aclosing(_exchange(call, request, body)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        except EmberError as caught:
+            error = caught
+        ended.append(_outcome(call, request, body, error))
+    finally:
+        _settle(call, request, entry, body, ended, started, time.perf_counter() - clock)
+
+
+def _settle(
+    call: _Call, request: Request, entry: _Entry, body: JSON,
+    ended: Sequence[Reply[Any] | EmberError], started: float, seconds: float,
+) -> None:
+    """Tell limits, budgets and ledgers how an attempt ended.
+
+    Nothing was billed for what was not sent, or was answered with an error status. Where the
+    outcome is unknown, the worst case counts.
+    """
+    end, scope, outcome = call.end, entry.scope, ended[0] if ended else None
+    error = outcome if isinstance(outcome, EmberError) else None
+    reply = outcome if isinstance(outcome, Reply) else None
+    unsent = "sent" not in body or (isinstance(error, CallError) and error.unsent)
+    refused = "headers" not in body and isinstance(error, CallError) and error.status is not None
+    usage, cost = reply.usage if reply else Usage(), reply.cost if reply else 0.0
+    uncertain = 0.0
+    if not (unsent or refused or (reply and cost is not None)) and scope.ledgers and end.price:
+        uncertain = entry.worst or _worst(end, request)
+    counted = reply.usage if reply else Usage() if refused else None
+    headers = body.get("headers")
+    entry.leave(
+        counted, (cost or 0.0) + uncertain, unsent=unsent, error=error, headers=headers
+    )  # fmt: skip
+    if scope.ledgers:
+        said = "ok" if reply else f"{type(error).__name__}: {error}" if error else "cancelled"
+        parent, function = scope.path[-1] if scope.path else (None, "")
+        attempt = Attempt(
+            _new_id(), parent, function, end.id, started, seconds, usage, cost, said, error,
+            uncertain, end.provider.name, scope.path,
+        )  # fmt: skip
+        for ledger in scope.ledgers:
+            ledger.calls.append(attempt)
+            if ledger.on_call:
+                _tell(ledger.on_call, attempt)
+
+
 async def _run(
-    end: Endpoint, prompt: object, given: JSON, replies: list[Reply[Any]],
-    reporters: tuple[Callable[[Attempt], None], ...], *, stream: bool = False,
-    texts: Sequence[str] = (),
+    end: Endpoint, prompt: object, given: JSON, replies: list[Reply[Any]], scope: _Scope, *,
+    stream: bool = False, texts: Sequence[str] = (),
 ) -> AsyncGenerator[str]:
     """The pieces of an answer; the reply of each step goes into `replies`, at the end their sum.
 
@@ -1330,29 +1840,19 @@ async def _run(
     begun, call = time.perf_counter(), await _prepared(end, prompt, **end.defaults | given)
     request, number, sent = replace(call.request, stream=stream, texts=texts), 0, False
     while True:
-        number, body = number + 1, dict[str, Any]()
-        error: EmberError | None = None
-        started = time.time()
-        outcome: Reply[Any] | EmberError | None = None
-        try:
-            try:
-                async with aclosing(_exchange(call, request, body)) as pieces:
-                    async for piece in pieces:
-                        sent = True
-                        yield piece
-            except EmberError as caught:
-                error = caught
-            ended = outcome = _outcome(call, request, body, error)
-        finally:
-            for report in reporters:
-                report(Attempt(end.id, started, time.time() - started, outcome))
-        if isinstance(ended, EmberError):
-            ended.transient = ended.transient and not sent
-            await anyio.sleep(_pause(call, ended, number))
+        number, ended = number + 1, list[Reply[Any] | EmberError]()
+        async with aclosing(_attempt(call, request, scope, ended)) as pieces:
+            async for piece in pieces:
+                sent = True
+                yield piece
+        outcome = ended[0]
+        if isinstance(outcome, EmberError):
+            outcome.transient = outcome.transient and not sent
+            await anyio.sleep(_pause(call, scope, outcome, number))
             continue
-        if request.stream and not sent and ended.text:  # a server that does not stream
-            yield ended.text
-        replies.append(ended)
+        if request.stream and not sent and outcome.text:  # a server that does not stream
+            yield outcome.text
+        replies.append(outcome)
         if (turns := await _turns(call, request, replies)) is None:
             break
         request, number, sent = replace(request, messages=[*request.messages, *turns]), 0, False
@@ -1441,7 +1941,7 @@ async def _answer(
 ) -> Reply[Any]:
     """The reply to a prompt, with all that its tools and its typed output take."""
     replies: list[Reply[Any]] = []
-    run = _run(end, prompt, given, replies, _reporters.get(), texts=texts)
+    run = _run(end, prompt, given, replies, _Scope.now(), texts=texts)
     async with aclosing(run) as pieces:
         async for _ in pieces:
             pass
@@ -1480,7 +1980,7 @@ class Stream:
     def __init__(self, end: Endpoint, prompt: object, given: JSON) -> None:
         self._end, self._replies = end, list[Reply[Any]]()
         self._texts, self._broken, self._ended = list[str](), False, False
-        self._pieces = _run(end, prompt, given, self._replies, _reporters.get(), stream=True)
+        self._pieces = _run(end, prompt, given, self._replies, _Scope.now(), stream=True)
 
     @property
     def reply(self) -> Reply[Any]:
@@ -1656,7 +2156,6 @@ _server_lock = threading.Lock()
 
 def _local_url() -> str:
     """The address of the embedded model's server, which is started once a process."""
-    import importlib
     import importlib.util
 
     with _server_lock:
@@ -1703,8 +2202,6 @@ def model(name: str, *, provider: Provider | None = None, **fields: Any) -> Mode
     row, price, successor = _KNOWN.get(plain, ("", None, ""))
     provider = provider or providers.get(row)
     if provider is None or not name:
-        import difflib
-
         named = prefix if prefix in providers else name
         names = [*_KNOWN, *(f"{row}:{known}" for known, (row, _, _) in _KNOWN.items())]
         names += [f"{row}:…" for row in providers]
@@ -1759,3 +2256,1583 @@ class Models:
 
 
 models = Models()
+
+
+# ── 8. Decorators ─── any async function made sturdier: retry, cache, batch, limit
+
+
+def _name(fn: Any) -> str:
+    """What a function is called in messages and ledgers."""
+    fn = getattr(fn, "func", fn)  # a partial's
+    name = getattr(fn, "__qualname__", None) or getattr(fn, "id", None) or type(fn).__name__
+    return str(name).rpartition("<locals>.")[2]
+
+
+def _unwrapped(fn: Any) -> Any:
+    """The function under Ember's own decorators, but not under those of others."""
+    while getattr(fn, "__globals__", None) is globals() and hasattr(fn, "__wrapped__"):
+        fn = fn.__wrapped__
+    return fn
+
+
+def _shorten(error: BaseException) -> None:
+    """Take Ember's frames out of a traceback, but for the first and the last."""
+    node = error.__traceback__
+    while node and node.tb_next and node.tb_next.tb_next:
+        if node.tb_next.tb_frame.f_globals is globals():
+            node.tb_next = node.tb_next.tb_next
+        else:
+            node = node.tb_next
+
+
+def _async_only(fn: Any, who: str) -> None:
+    """TypeError for what is no async function."""
+    inner = getattr(fn, "func", fn)  # a partial's
+    if not any(map(inspect.iscoroutinefunction, (inner, getattr(inner, "__call__", None)))):
+        raise TypeError(f"{who} takes an async function, not {fn!r:.80}")
+
+
+# The decorated function that a decorator around it calls: the two are one entry of the path.
+_stacked: ContextVar[Any] = ContextVar("stacked", default=None)
+
+
+def _decorated(
+    fn: Any, who: str, around: Callable[[Any, Any], Coroutine[Any, Any, Any]], names: bool = True
+) -> Any:
+    """An async function that does `around(args, kwargs)`, with the name and signature of `fn`."""
+    _async_only(fn, who)
+    inner, name = _unwrapped(fn), _name(fn)
+    checked = inspect.isroutine(inner) or hasattr(inner, "provider")
+
+    @functools.wraps(fn)
+    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if checked:  # a wrong call is Python's own TypeError, before anything else is done
+            inner(*args, **kwargs).close()
+        path = _path.get()
+        enters = names and _ledgers.get() and _stacked.get() is not wrapper
+        if enters:
+            _path.set((*path, (_new_id(), name)))
+        if enters or _stacked.get() is wrapper:
+            _stacked.set(fn)
+        try:
+            return await around(args, kwargs)
+        except BaseException as error:
+            _shorten(error)
+            raise
+        finally:
+            if enters:
+                _path.set(path)
+
+    if not hasattr(fn, "__qualname__"):
+        wrapper.__name__ = wrapper.__qualname__ = name
+    return wrapper
+
+
+def transient(error: BaseException) -> bool:
+    """Whether the same call may well succeed later: what `retry` retries if not told otherwise.
+
+    An EmberError knows. Else it is a lost connection or a time-out, or an error with the HTTP
+    status 408, 409, 429 or 5xx.
+
+    >>> transient(ConnectionResetError()), transient(ValueError())
+    (True, False)
+    """
+    if isinstance(error, EmberError):
+        return error.transient
+    status = getattr(error, "status_code", None)
+    status = status or getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(status, int):
+        return status in {408, 409, 429} or status >= 500
+    return isinstance(error, ConnectionError | TimeoutError | httpx.TransportError)
+
+
+def _spent(error: BaseException, most: int, before: BaseException | None) -> bool:
+    """Whether something below has retried this failure, or the one that it came from."""
+    seen, todo = {id(before), id(None)}, [error]
+    while todo:
+        one: Any = todo.pop()
+        if id(one) not in seen:
+            seen.add(id(one))
+            attempts = one.__dict__.get("attempts" if isinstance(one, EmberError) else "_tries", 0)
+            if attempts >= most or (attempts and transient(one)):
+                return True
+            todo += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
+    return False
+
+
+def _tenacious(wait: Any) -> Callable[[BaseException, int], float]:
+    """A strategy of tenacity's as a function of the error and the number of the attempt."""
+
+    def strategy(error: BaseException, number: int) -> float:
+        import tenacity
+
+        state = tenacity.RetryCallState(tenacity.AsyncRetrying(wait=wait), None, (), {})
+        state.attempt_number = number
+        state.set_exception((type(error), error, error.__traceback__))
+        return float(wait(state))
+
+    return strategy
+
+
+Fn = Callable[P, Coroutine[Any, Any, R]]
+_Items = Iterable[A] | AsyncIterable[A]
+On = Callable[[BaseException], bool] | type[BaseException] | tuple[type[BaseException], ...]
+
+
+def _is_number(value: Any, least: float) -> bool:
+    """Whether an option is a number, and not too small."""
+    return isinstance(value, int | float) and value >= least
+
+
+@overload
+def retry(
+    fn: Fn[P, R], /, *, max_attempts: int = 3, timeout: float | None = None, on: On = transient,
+    wait: Callable[[Any], float] | None = None,
+) -> Fn[P, R]: ...
+@overload
+def retry(
+    *, max_attempts: int = 3, timeout: float | None = None, on: On = transient,
+    wait: Callable[[Any], float] | None = None,
+) -> Callable[[Fn[P, R]], Fn[P, R]]: ...
+def retry(
+    fn: Any = None, /, *, max_attempts: int = 3, timeout: float | None = None,
+    on: On = transient, wait: Callable[[Any], float] | None = None,
+) -> Any:
+    """The function, tried up to `max_attempts` times while it fails with what `on` says.
+
+    on: an exception class, a tuple of them, or a predicate. timeout: seconds for all attempts and
+    waits. wait: a strategy of tenacity's, in place of exponential backoff with full jitter; a
+    longer wait that the server asks for wins.
+
+    A failing request of a model is tried again by itself, `max_attempts` times in all; the whole
+    function only for failures that nothing below has retried: attempts never multiply.
+
+    >>> @retry(max_attempts=5, timeout=60)
+    ... async def rivers(country: str) -> str:
+    ...     return (await models.gpt4(f"Name three rivers of {country}")).text
+    """
+    if fn is None:
+        how: JSON = {"max_attempts": max_attempts, "timeout": timeout, "on": on, "wait": wait}
+        return functools.partial(retry, **how)
+    kinds: Sequence[Any] = [*on] if isinstance(on, tuple) else [on]
+    proper = _is_number(max_attempts, 1) and max_attempts == int(max_attempts)
+    proper = proper and (timeout is None or _is_number(timeout, 1e-9))
+    if not proper or not all(map(callable, [*kinds, wait or transient])):
+        what = f"max_attempts={max_attempts!r}, timeout={timeout!r}, on={on!r}, wait={wait!r}"
+        rule = "It takes 1 attempt or more, seconds above 0, exceptions, a strategy of tenacity's"
+        raise SetupError(f"retry: {what} cannot be. {rule}")
+    strategy = _tenacious(wait) if wait else None
+
+    async def around(args: Any, kwargs: Any) -> Any:
+        outer, deadline = _retrying.get(), anyio.current_time() + timeout if timeout else _EVER
+        rules = outer or _Retrying(max_attempts, strategy, _EVER)
+        _retrying.set(rules := rules._replace(deadline=min(deadline, rules.deadline)))
+        try:
+            with anyio.CancelScope(deadline=deadline) if timeout else contextlib.nullcontext():
+                return await _tried(fn, args, kwargs, rules, kinds)
+            raise CallError(f"{_name(fn)}: no result within timeout={timeout:g} s. Set it higher")
+        except Exception as error:
+            if outer is None:  # nobody is left to try it again by mistake
+                error.__dict__.pop("_tries", None)
+            raise
+        finally:
+            _retrying.set(outer)
+
+    return _decorated(fn, "retry()", around)
+
+
+async def _tried(fn: Any, args: Any, kwargs: Any, rules: _Retrying, on: Sequence[Any]) -> Any:
+    """The result of the first attempt that has one."""
+    before, number = sys.exc_info()[1], 0
+    while True:
+        number += 1
+        try:
+            return await fn(*args, **kwargs)
+        except Exception as error:
+            matches = any(isinstance(error, x) if isinstance(x, type) else x(error) for x in on)
+            if not matches or _spent(error, rules.max_attempts, before):
+                raise
+            pause, failure = _backoff(error, number, rules.wait), error
+        late = pause > rules.deadline - anyio.current_time()
+        if late:
+            failure.add_note(f"The next attempt is due in {pause:.1f} s: after timeout= of retry.")
+        if late or number >= rules.max_attempts:
+            mark = "attempts" if isinstance(failure, EmberError) else "_tries"
+            failure.__dict__[mark] = number
+            raise failure
+        places = [held for held in _passes.get() if held.admission]
+        for held in places:  # no sleep while a place is held
+            held.taken().end(None, error=failure)
+        await anyio.sleep(pause)
+        for held in places:
+            held.admission = await held.limit.admit(0.0)
+
+
+# Canonical forms: texts by which cached answers are found.
+
+_PLAIN = {type(None), bool, int, float, complex, str, bytes, type(...), range, slice}
+_BY_REPR = {"datetime", "decimal", "fractions", "ipaddress", "pathlib", "uuid", "zoneinfo"}
+
+
+def _form(value: Any, lenient: bool = False, seen: tuple[int, ...] = ()) -> str:
+    """A text that no value but an equal one of the same type has.
+
+    TypeError where there is none; if `lenient`, a text that is good for this process only.
+    """
+    kind: Any = value.__class__
+    name = kind.__name__ if kind in _PLAIN else f"{kind.__module__}.{kind.__qualname__}"
+    if kind in _PLAIN or kind.__module__.partition(".")[0] in _BY_REPR:
+        return f"{name}:{value!r}"
+    if id(value) in seen:
+        return f"again:{seen.index(id(value))}"
+    parts = _parts(value)
+    if parts is None and lenient:
+        return f"{_PROCESS}:{next(_ids)}"
+    if parts is None:
+        raise TypeError(f"{value!r:.80} of type {name} has no canonical form")
+    forms = [_form(one, lenient, (*seen, id(value))) for one in parts]
+    return f"{name}({','.join(sorted(forms) if kind in {set, frozenset} else forms)})"
+
+
+def _parts(value: Any) -> Iterable[Any] | None:
+    """What a value is made of, besides its type; None if that cannot be told."""
+    kind: Any = value.__class__
+    if kind in {list, set, frozenset} or issubclass(kind, tuple):
+        return [*value]
+    if issubclass(kind, Mapping):
+        return itertools.chain.from_iterable(value.items())
+    if isinstance(value, Secret):
+        return ()
+    if isinstance(value, enum.Enum):
+        return value.name, value.value
+    if isinstance(value, Provider) and providers.get(value.name) is value:
+        return (value.name,)
+    if isinstance(value, Endpoint):
+        return value.provider, value.id, value.base_url, value.defaults
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return itertools.chain.from_iterable(
+            (f.name, getattr(value, f.name)) for f in dataclasses.fields(value)
+        )
+    if hasattr(kind, "__pydantic_fields__"):
+        names = ("__dict__", "__pydantic_extra__", "__pydantic_private__")
+        return [getattr(value, name, None) for name in names]
+    if isinstance(value, functools.partial):
+        return value.func, value.args, value.keywords
+    if inspect.ismethod(value):
+        return value.__func__, value.__self__
+    if inspect.isfunction(fn := _unwrapped(value)):
+        held = [fn.__defaults__, fn.__kwdefaults__, *_closure(fn)]
+        return [fn.__module__, fn.__qualname__, _code_form(fn.__code__), *held]
+    if inspect.ismodule(value):
+        return (value.__name__,)
+    if isinstance(value, type) or hasattr(value, "__origin__") or inspect.isbuiltin(value):
+        return (_type_form(value),)
+    return None
+
+
+_PROCESS = os.urandom(8).hex()
+
+
+@functools.lru_cache(1024)
+def _code_form(code: types.CodeType) -> str:
+    """A hash of all of a code object that says what it does."""
+    consts = [_code_form(c) if isinstance(c, types.CodeType) else _form(c) for c in code.co_consts]
+    names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, code.co_flags)
+    counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount)
+    told = repr((code.co_code, code.co_exceptiontable, consts, names, counts))
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def _closure(fn: Any) -> list[tuple[str, Any]]:
+    """What a function closes over, but for the variables that it sets itself: they are state."""
+    if not fn.__closure__:
+        return []
+    state = {i.argval for i in dis.get_instructions(fn.__code__) if i.opname == "STORE_DEREF"}
+    cells = zip(fn.__code__.co_freevars, fn.__closure__)
+    held: list[tuple[str, Any]] = []
+    for name, cell in cells:
+        with suppress(ValueError):  # an empty cell: what is not there yet
+            if name not in state:
+                held.append((name, cell.cell_contents))
+    return held
+
+
+def _type_form(kind: Any) -> str:
+    """A type's name, what it does, and its JSON schema: local types share their names."""
+    shown = _class_form(kind) if isinstance(kind, type) else repr(kind)
+    if kind.__module__ != "builtins" or not isinstance(kind, type):
+        with suppress(SetupError, TypeError, ValueError, LookupError, AttributeError):
+            shown += json.dumps(_adapter(kind)[1])
+    return shown
+
+
+@functools.lru_cache(256)
+def _class_form(kind: type) -> str:
+    """The names of a class and its bases, and the code and constants in them."""
+    told: list[str] = []
+    for base in kind.__mro__:
+        told.append(f"{base.__module__}.{base.__qualname__}")
+        members = vars(base).items() if base.__module__ != "builtins" else ()
+        for name, member in members:
+            inner = getattr(member, "__func__", getattr(member, "fget", member))
+            if inspect.isfunction(inner):
+                told.append(f"{name}={_code_form(inner.__code__)}")
+            elif type(inner) in _PLAIN and name not in {"__module__", "__firstlineno__"}:
+                told.append(f"{name}={inner!r}")
+    return ",".join(told)
+
+
+class _Question:
+    """What a cached function is called with, as the key of its answer."""
+
+    def __init__(self, fn: Any, key: Any) -> None:
+        self.fn, self.key, self.inner = fn, key, _unwrapped(fn)
+        self.signature = None if isinstance(self.inner, Endpoint) else inspect.signature(fn)
+        self.forms: dict[str, tuple[Any, str]] = {}
+        self.unique = f"{_PROCESS}:{next(_ids)}"
+        self.who = f"{getattr(fn, '__module__', '')}.{getattr(fn, '__qualname__', _name(fn))}"
+
+    def about(self) -> str:
+        """What the function is: its code, and what it closes over."""
+        inner: Any = self.inner
+        if not inspect.isfunction(inner):
+            try:
+                return "" if isinstance(inner, Endpoint) else _form(inner)
+            except TypeError:
+                return self.unique
+        told = [self.who, _code_form(inner.__code__)]
+        for name, value in _closure(inner) if self.key is None and inner.__closure__ else ():
+            held = self.forms.get(name)
+            if held is None or held[0] is not value:  # so that a list it appends to stays the same
+                held = self.forms[name] = (value, _form(value, lenient=True))
+            told.append(f"{name}={held[1]}")
+        return "\n".join(told)
+
+    async def asked(self, args: Any, kwargs: Any) -> str:
+        """The key of a call: one for all calls that are equal, and for no other."""
+        if self.key is not None:
+            text = self.key(*args, **kwargs)
+            if not isinstance(text, str):
+                what = f"cache: key= of {_name(self.fn)}() returned {text!r:.80}"
+                raise TypeError(f"{what}. It must return a text")
+            told = _form(text)
+        elif self.signature is None:
+            told = await self.of_model(*args, **kwargs)
+        else:
+            try:
+                bound = self.signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{_name(self.fn)}(): {error}") from None
+            bound.apply_defaults()
+            told = ",".join(self.argument(*item) for item in bound.arguments.items())
+        sample = _sample.get()
+        whole = f"ember 1\n{self.about()}\n{sample or ''}\n{told}"
+        return hashlib.sha256(whole.encode()).hexdigest()
+
+    def argument(self, name: str, value: Any) -> str:
+        """The form of one argument."""
+        try:
+            return f"{name}={_form(value)}"
+        except (TypeError, RecursionError) as error:
+            why = "is nested too deep" if isinstance(error, RecursionError) else str(error)
+            what = f"cache: {_name(self.fn)}() argument {name!r}: {why}"
+            raise TypeError(f"{what}. Pass cache(key=…), which makes a text of it") from None
+
+    async def of_model(self, prompt: object, **given: Any) -> str:
+        """What a model is asked: where, the body, and the types and functions around it."""
+        end: Endpoint = self.inner
+        call = await _prepared(end, prompt, **end.defaults | given)
+        url = end.base_url or os.environ.get(end.provider.url_env) or end.provider.base_url
+        told: list[Any] = [end.provider, url if isinstance(url, str) else ""]
+        told += [end.provider.encode(call.request), dict(call.functions), call.output]
+        told.append(call.max_steps)
+        return self.argument("prompt", told)
+
+
+_sample: ContextVar[tuple[int, ...]] = ContextVar("sample", default=())
+
+
+# What a cache keeps: a JSON object of expiry, cost, whether it is a Reply, and at last the value.
+
+
+def _annotation(fn: Any, kwargs: JSON) -> Any:
+    """The type that a call returns; None where it is not known."""
+    inner = _unwrapped(fn)
+    if isinstance(inner, Endpoint):
+        generic: Any = Reply
+        return generic[(inner.defaults | kwargs).get("output") or str]
+    inner = getattr(inner, "func", inner)
+    function = inner if inspect.isroutine(inner) else type(inner).__call__
+    try:
+        known = dict(_closure(function)) if inspect.isfunction(function) else None
+        kind = typing.get_type_hints(function, localns=known, include_extras=True).get("return")
+    except (NameError, TypeError, AttributeError):
+        return None
+    return None if kind is Any else kind
+
+
+def _reader(kind: Any) -> Any:
+    """pydantic's adapter of a type; None for what JSON by itself restores, or pydantic cannot."""
+    if kind is None or kind in (str, int, bool):
+        return kind
+    import pydantic
+
+    with suppress(pydantic.errors.PydanticUserError, TypeError, NameError):
+        return pydantic.TypeAdapter(kind)
+    return None
+
+
+def _entry(value: Any, adapter: Any, expires: float | None, cost: float, who: str) -> str:
+    """A value as it is kept; TypeError if it would not come back equal."""
+    is_reply = isinstance(value, Reply)
+    adapter = adapter or (_reader(Reply[Any]) if is_reply else None)
+    try:
+        if hasattr(adapter, "dump_json"):
+            text = adapter.dump_json(value, warnings="error").decode()
+            equal = bool(adapter.validate_json(text) == value)
+        else:
+            text = json.dumps(value)
+            equal = _form(json.loads(text)) == _form(value) and isinstance(value, adapter or object)
+    except Exception as error:
+        equal, text = False, f"{type(error).__name__}: {error}"
+    if not equal:
+        what = f"cache: {who}() returned {value!r:.80}, which JSON and annotation do not restore"
+        raise TypeError(f"{what} equal ({text:.80}). Annotate what it returns, for pydantic")
+    head = json.dumps({"expires": expires, "cost": cost, "reply": is_reply})
+    return f'{head[:-1]}, "value": {text}}}'
+
+
+def _kept(entry: Any, adapter: Any) -> tuple[Any, float] | None:
+    """The value in an entry, and what it once cost; None where it holds none that is still good."""
+    if not isinstance(entry, str | bytes):
+        return None
+    text = entry.decode(errors="replace") if isinstance(entry, bytes) else entry
+    head, _, body = text.partition(', "value": ')
+    try:
+        (expires, cost, is_reply), body = json.loads(head + "}").values(), body.rstrip()[:-1]
+        if expires is not None and time.time() >= expires:
+            return None
+        adapter = adapter or (_reader(Reply[Any]) if is_reply else None)
+        if hasattr(adapter, "validate_json"):
+            value: Any = adapter.validate_json(body)
+        elif not isinstance(value := json.loads(body), adapter or object):
+            return None
+        value = replace(value, cached=True, cost=0.0) if is_reply else value
+        return (value, float(cost)) if 0 <= cost < 1e12 else None
+    except Exception:  # whatever a type's own validators raise
+        return None
+
+
+@functools.lru_cache(1)
+def _text_disk() -> Any:
+    """diskcache's Disk for texts within the database, and nothing else: no pickles, no files."""
+    diskcache: Any = importlib.import_module("diskcache")
+    base: Any = diskcache.Disk
+
+    class TextDisk(base):  # type: ignore[misc]
+        def store(self, value: Any, read: Any, key: Any = None) -> Any:
+            return 0, 1, None, value
+
+        def fetch(self, mode: Any, filename: Any, value: Any, read: Any) -> Any:
+            return value if mode == 1 and filename is None and isinstance(value, str) else None
+
+        def remove(self, file_path: Any) -> None:
+            """Delete nothing: a crafted row could name any file."""
+
+    return functools.partial(diskcache.Cache, disk=TextDisk, eviction_policy="none",
+                             sqlite_mmap_size=0)  # a mapped file that is cut ends the process
+
+
+class _Shelf:
+    """The default store: texts on disk, and the last 1,000 of them in memory."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory, self.memory = directory, dict[str, str]()
+        self.disk: Any = None
+        self.again, self.warned, self.faults = 0.0, False, 0
+        self.local, self.turn = threading.local(), threading.Lock()
+
+    def get(self, key: str) -> str | None:
+        """The text for a key."""
+        text = self.memory.pop(key, None)
+        text = self._asked("get", key) if text is None else text
+        if text is not None:
+            self._remember(key, text)
+        return text
+
+    def set(self, key: str, text: str, ttl: float | None) -> None:
+        """Keep a text."""
+        self._asked("set", key, text, ttl)
+        self._remember(key, text)
+
+    def add(self, key: str, text: str, ttl: float | None) -> str:
+        """Keep a text, if another process has not kept one before: the text that stands."""
+        if self._asked("add", key, text, ttl) is False:
+            if (found := self._asked("get", key)) is None:
+                self._asked("set", key, text, ttl)
+            text = found or text
+        self._remember(key, text)
+        return text
+
+    def _remember(self, key: str, text: str) -> None:
+        self.memory[key] = text
+        while len(self.memory) > 1000:
+            with suppress(StopIteration, KeyError, RuntimeError):  # another thread was faster
+                del self.memory[next(iter(self.memory))]
+
+    def _asked(self, verb: str, *args: Any) -> Any:
+        """What the disk answers. None, with one warning, while it cannot be used."""
+        if time.monotonic() < self.again:
+            return None
+        try:
+            with self.turn:
+                answer = getattr(self._opened(), verb)(*args)
+            self.faults = 0
+            return answer
+        except Exception as error:  # locked, full, corrupt, forbidden
+            self.faults += 1
+            self.again = time.monotonic() + (1 if self.faults > 1 else 0)
+            if not self.warned:
+                self.warned = True
+                what = f"the cache in {self.directory} cannot be used ({error!r})"
+                warnings.warn(f"{what}: calls go through. Free it, or set EMBER_CACHE_DIR",
+                              RuntimeWarning, stacklevel=2)  # fmt: skip
+        return None
+
+    def _opened(self) -> Any:
+        """diskcache's cache, if no other process has locked it: it would try for a minute."""
+        if getattr(self.local, "pid", None) != os.getpid():
+            import sqlite3
+
+            os.makedirs(self.directory, 0o700, exist_ok=True)
+            probe = sqlite3.connect(f"{self.directory}/cache.db", timeout=0.2, isolation_level=None)
+            with contextlib.closing(probe):
+                probe.execute("BEGIN EXCLUSIVE")
+                probe.execute("ROLLBACK")
+            self.disk = self.disk or _text_disk()(self.directory, timeout=0.2)
+            self.local.pid = os.getpid()
+        return self.disk
+
+
+_shelves: dict[str, _Shelf] = {}
+
+
+def _shelf() -> _Shelf:
+    """The store in EMBER_CACHE_DIR, or in the user's directory for caches."""
+    path = os.environ.get("EMBER_CACHE_DIR")
+    if not path:
+        places = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA", "~")}
+        place = os.environ.get("XDG_CACHE_HOME") or places.get(sys.platform, "~/.cache")
+        path = os.path.join(place, "ember")
+    path = os.path.expanduser(path)
+    return _shelves.get(path) or _shelves.setdefault(path, _Shelf(path))
+
+
+_background: set[Any] = set()
+
+
+def _spawn(fn: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
+    """Run an async function that never fails beside the caller, in a copy of its context."""
+    loop = _running_loop()
+    if hasattr(loop, "create_task"):
+        task = loop.create_task(fn(*args))
+        _background.add(task)
+        task.add_done_callback(_background.discard)
+    else:
+        import trio
+
+        trio.lowlevel.spawn_system_task(fn, *args, context=copy_context())
+
+
+class _Flight:
+    """One call that several callers may wait for. It belongs to none of them."""
+
+    def __init__(self) -> None:
+        self.waiters, self.done, self.scope = 0, anyio.Event(), anyio.CancelScope()
+        self.value: Any = None
+        self.entry: Any = None  # as it is kept
+        self.found = False  # in the store
+        self.error: BaseException | None = None
+        self.trace: Any = None
+
+    async def fly(self, ask: Callable[[_Flight], Coroutine[Any, Any, None]]) -> None:
+        """Make the call, and wake who waits for it."""
+        try:
+            with self.scope:
+                await ask(self)
+        except BaseException as error:
+            self.error, self.trace = error, error.__traceback__
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self.done.set()
+
+    async def land(self) -> None:
+        """Wait for the call; the last to leave before its end cancels it, and waits for that."""
+        self.waiters += 1
+        try:
+            await self.done.wait()
+        finally:
+            self.waiters -= 1
+            if not self.waiters and not self.done.is_set():
+                self.scope.cancel()
+                with anyio.CancelScope(shield=True):
+                    await self.done.wait()
+        if self.error:
+            raise self.error.with_traceback(self.trace)
+
+
+_flights: weakref.WeakKeyDictionary[Any, dict[Any, _Flight]] = weakref.WeakKeyDictionary()
+
+
+@overload
+def cache(
+    fn: Fn[P, R], /, *, ttl: float | datetime.timedelta | None = None, store: Any = None,
+    key: Callable[..., str] | None = None,
+) -> Fn[P, R]: ...
+@overload
+def cache(
+    *, ttl: float | datetime.timedelta | None = None, store: Any = None,
+    key: Callable[..., str] | None = None,
+) -> Callable[[Fn[P, R]], Fn[P, R]]: ...
+def cache(
+    fn: Any = None, /, *, ttl: Any = None, store: Any = None,
+    key: Callable[..., str] | None = None,
+) -> Any:
+    """The function, asked once for equal arguments: then its answer comes from a store.
+
+    ttl: seconds that an answer is good for, for ever if None. store: what has `get(key)` and
+    `set(key, text)`, plain or async, or a dict; if None a directory, EMBER_CACHE_DIR or the user's
+    own, which processes may share. key: makes a text of the arguments, in place of their form.
+
+    Equal calls at the same time share one. The answer that a caller gets is its own: equal, and
+    of the annotated type; a Reply has `.cached=True` and `.cost=0`. Failures are not kept. What
+    the function reads from global variables or from outside is not part of the key.
+
+    >>> @cache(ttl=3600)
+    ... async def capital(country: str) -> str:
+    ...     return (await models.gpt4(f"What is the capital of {country}?")).text
+    """
+    if fn is None:
+        return functools.partial(cache, ttl=ttl, store=store, key=key)
+    seconds = ttl.total_seconds() if isinstance(ttl, datetime.timedelta) else ttl
+    if seconds is not None and not _is_number(seconds, 1e-9):
+        raise SetupError(f"cache: ttl={ttl!r} is no time; use seconds above 0, or None for ever")
+    verbs = {"get", "set", "__setitem__"} & {*dir(store)}
+    if store is not None and (len(verbs) < 2 or "get" not in verbs):
+        raise SetupError(f"cache: store={store!r:.80} must have get(key) and set(key, text)")
+    if key is not None and not callable(key):
+        raise SetupError(f"cache: key={key!r:.80} is no function of the arguments. Pass one")
+    return _decorated(fn, "cache()", _Cached(fn, seconds, store, key))
+
+
+class _Cached:
+    """The calls of a cached function."""
+
+    def __init__(self, fn: Any, ttl: float | None, store: Any, key: Any) -> None:
+        self.fn, self.ttl, self.store = fn, ttl, store
+        self.question: _Question | None = None
+        self.key, self.adapters, self.warned = key, dict[Any, Any](), False
+
+    async def __call__(self, args: Any, kwargs: Any) -> Any:
+        """The answer to a call: kept, on its way, or asked for now."""
+        self.question = self.question or _Question(self.fn, self.key)
+        key, adapter = await self.question.asked(args, kwargs), self.adapter(kwargs)
+        if self.store is None and (found := _kept(_shelf().get(key), adapter)):
+            return self.hit(*found)
+        flights = _flights.setdefault(_running_loop(), {})
+        where = (id(self.store), key)
+        flight, leads = flights.get(where), False
+        if flight is None or flight.scope.cancel_called:
+            flight, leads = _Flight(), True
+            flights[where] = flight
+            _spawn(flight.fly, functools.partial(self.ask, key, adapter, args, kwargs))
+        try:
+            await flight.land()
+        finally:
+            if (flight.done.is_set() or not flight.waiters) and flights.get(where) is flight:
+                del flights[where]
+        if leads and not flight.found:
+            return flight.value
+        found = _kept(flight.entry, adapter)
+        return self.hit(*found) if found else flight.value
+
+    async def ask(self, key: str, adapter: Any, args: Any, kwargs: Any, flight: _Flight) -> None:
+        """Get the answer from the user's store, or from the function, and keep it."""
+        if self.store is not None:
+            flight.entry = await self.stored(key)
+            flight.found = _kept(flight.entry, adapter) is not None
+            if flight.found:
+                return
+        with Ledger() as spent:
+            value = await self.fn(*args, **kwargs)
+        expires = None if self.ttl is None else time.time() + self.ttl
+        entry = _entry(value, adapter, expires, spent.cost, _name(self.fn))
+        flight.value, flight.entry = value, entry
+        with anyio.move_on_after(5, shield=True):  # what is paid for is kept, though nobody waits
+            if self.store is None:
+                first = _shelf().add(key, entry, self.ttl)
+            else:
+                first = await self.stored(key)
+            kept = _kept(first, adapter)
+            if kept is None and self.store is None:
+                _shelf().set(key, entry, self.ttl)
+            elif kept is None:
+                await self.stored(key, entry)
+            elif first != entry:  # another process was first: all get its answer
+                flight.entry, flight.value = first, kept[0]
+                if isinstance(value, Reply):
+                    flight.value = replace(flight.value, cached=False, cost=value.cost)
+
+    async def stored(self, *args: Any) -> Any:
+        """What the user's store answers to `get(key)` or `set(key, text)`; None if it fails."""
+        try:
+            if len(args) == 1:
+                answer = self.store.get(*args)
+            else:
+                answer = (getattr(self.store, "set", None) or self.store.__setitem__)(*args)
+            return await answer if inspect.isawaitable(answer) else answer
+        except Exception as error:
+            if not self.warned:
+                self.warned = True
+                what = f"the store of {_name(self.fn)}() failed ({error!r}): calls go through"
+                warnings.warn(f"{what}. Mend it", RuntimeWarning, stacklevel=2)
+            return None
+
+    def adapter(self, kwargs: Any) -> Any:
+        """pydantic's reader of the answers."""
+        output = kwargs.get("output") if isinstance(_unwrapped(self.fn), Endpoint) else None
+        try:
+            if output not in self.adapters:
+                self.adapters[output] = _reader(_annotation(self.fn, kwargs))
+            return self.adapters[output]
+        except TypeError:  # a type that cannot be hashed
+            return _reader(_annotation(self.fn, kwargs))
+
+    def hit(self, value: Any, saved: float) -> Any:
+        """A kept value, which the ledgers hear of."""
+        path = _path.get()
+        for ledger in _ledgers.get():
+            ledger.saves.append((path[-1][1] if path else _name(self.fn), saved))
+        return value
+
+
+def _told_to_end(error: BaseException) -> bool:
+    """Whether an error is the cancellation of a scope, not one that the code itself has raised."""
+    ends = isinstance(error, anyio.get_cancelled_exc_class())
+    return ends and anyio.current_effective_deadline() == -_EVER
+
+
+@contextlib.contextmanager
+def _ungrouped(faults: list[BaseException]) -> Generator[None]:
+    """Raise the first of the faults that tasks have met, itself and not in a group."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        faults.extend(group.exceptions)
+    _raise_first(faults)
+
+
+def _raise_first(faults: Sequence[BaseException]) -> None:
+    for fault in faults:
+        _shorten(fault)
+        raise fault
+
+
+async def _locked(source: AsyncIterator[Any], turn: anyio.Lock) -> AsyncGenerator[Any]:
+    """The items of an async iterator that several read from."""
+    while True:
+        try:
+            async with turn:
+                item = await anext(source)
+        except StopAsyncIteration:
+            return
+        yield item
+
+
+async def _each(
+    fn: Callable[[Any], Any], items: Any, limit: int, put: Callable[[int, Any], Any], on_error: str,
+) -> None:
+    """`put(index, await fn(item))` for each item, at most `limit` at once: a sliding window.
+
+    Workers share one iterator, so that no more than `limit` items are held. `put` may return
+    something to wait for. The first error cancels the rest, and is raised itself.
+    """
+    numbers, faults, turn = itertools.count(), list[BaseException](), anyio.Lock()
+    workers = min(limit, max(1, len(items))) if hasattr(items, "__len__") else 1
+    source: Any = aiter(items) if hasattr(items, "__aiter__") else iter(items)
+
+    async def one(item: Any) -> None:
+        nonlocal workers
+        index = next(numbers)
+        if workers < limit:
+            workers += 1
+            group.start_soon(work)
+        try:
+            result = await fn(item)
+        except Exception as error:
+            if on_error == "raise":
+                raise
+            result = error
+        if (full := put(index, result)) or index & 63 == 63:  # others get their turn all the same
+            await (full or anyio.sleep(0))
+
+    async def work() -> None:
+        try:
+            if hasattr(source, "__anext__"):
+                async with aclosing(_locked(source, turn)) as ours:
+                    async for item in ours:
+                        await one(item)
+            for item in source if hasattr(source, "__next__") else ():
+                await one(item)
+        except BaseException as error:
+            if _told_to_end(error):
+                raise
+            faults.append(error)
+            group.cancel_scope.cancel()
+
+    with _ungrouped(faults):
+        async with anyio.create_task_group() as group:
+            for _ in range(workers):
+                group.start_soon(work)
+
+
+@overload
+def batch(fn: Fn[P, R], /, *, size: int = 32) -> Fn[P, R]: ...
+@overload
+def batch(
+    fn: Callable[[A], Coroutine[Any, Any, R]], items: _Items[A], /, *, size: int = 32
+) -> Coroutine[Any, Any, list[R]]: ...
+@overload
+def batch(*, size: int = 32) -> Callable[[Fn[P, R]], Fn[P, R]]: ...
+def batch(fn: Any = None, items: Any = None, /, *, size: int = 32) -> Any:
+    """`await batch(fn, items)`: the results in order, at most `size` calls at once.
+
+    As a decorator it lets at most `size` calls of the function run at once on an event loop, first
+    come first served. It never waits for a batch to fill.
+
+    >>> @batch(size=10)
+    ... async def classify(text: str) -> str:
+    ...     return (await models.gpt4(f"Classify: {text}")).text
+    """
+    if not _is_number(size, 1) or size != int(size):
+        raise SetupError(f"batch: size={size!r} lets nothing run; use 1 or more")
+    if fn is None:
+        return functools.partial(batch, size=size)
+    if items is not None:
+        return _all(fn, items, size, "raise", _NO_BAR, "batch()")
+    rooms: weakref.WeakKeyDictionary[Any, anyio.Semaphore] = weakref.WeakKeyDictionary()
+
+    async def around(args: Any, kwargs: Any) -> Any:
+        loop = _running_loop()
+        if (room := rooms.get(loop)) is None:
+            room = rooms[loop] = anyio.Semaphore(size, fast_acquire=True)
+        async with room:
+            return await fn(*args, **kwargs)
+
+    return _decorated(fn, "batch()", around)
+
+
+def _many(fn: Any, who: str, limit: int, on_error: str) -> None:
+    """Refuse what cannot be done for many items."""
+    _async_only(fn, who)
+    if not _is_number(limit, 1) or limit != int(limit) or on_error not in {"raise", "return"}:
+        what = f"limit={limit!r} must be 1 or more, and on_error={on_error!r} raise or return"
+        raise SetupError(f"{who}: {what}")
+
+
+_NO_BAR = types.SimpleNamespace(update=lambda: None, close=lambda: None)
+
+
+async def _all(fn: Any, items: Any, limit: int, on_error: str, bar: Any, who: str) -> list[Any]:
+    """The results for all items, in order."""
+    _many(fn, who, limit, on_error)
+    results: list[Any] = []
+
+    def put(index: int, result: Any) -> None:
+        if index >= len(results):
+            results.extend([None] * (index + 1 - len(results)))
+        results[index] = result
+        bar.update()
+
+    try:
+        await _each(fn, items, limit, put, on_error)
+    except BaseException as error:
+        _shorten(error)
+        raise
+    finally:
+        bar.close()
+    return results
+
+
+class _Bucket:
+    """What may be sent a minute: a share flows in evenly, the rest may come in one burst.
+
+    So no 60 seconds see more than the whole. One unit always fits, and what is larger than a
+    burst is lent.
+    """
+
+    def __init__(self, minute: float | None, now: float, share: float, burst: float) -> None:
+        second = (minute or 1e12) / 60
+        self.full = self.rate = share * second
+        self.size = max(1.0, burst * second)
+        self.level, self.seen, self.slow_until = self.size, now, now
+
+    def wait(self, amount: float, now: float) -> float:
+        """Seconds until so much may be sent."""
+        if now >= self.slow_until:
+            self.rate = self.full
+        self.level = min(self.size, self.level + (now - self.seen) * self.rate)
+        self.seen = now
+        missing = min(amount, self.size) - self.level
+        return missing / self.rate if missing > 1e-6 else 0.0
+
+    def learn(self, most: float, left: float, seconds: float, now: float, others: float) -> None:
+        """Slow down to what a server says is left, once that is little.
+
+        `others`: what is under way, which the server may not have counted yet.
+        """
+        if 0 < seconds < 1e7 and left <= max(1.0, most / 10, 2 * others):
+            self.wait(0, now)
+            self.level = min(self.level, max(0.0, left - others))
+            self.rate = min(self.full, 0.975 * max(1.0, most - left) / seconds)
+            self.slow_until = now + seconds
+
+
+def _seconds(text: str) -> float:
+    """Seconds until a quota is whole: "6m0s" or "12ms" from OpenAI, RFC 3339 from Anthropic."""
+    if "T" in text:
+        return datetime.datetime.fromisoformat(text).timestamp() - time.time()
+    units = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+    parts = re.findall(r"([\d.]+)(ms|[dhms])", text)
+    return sum(float(count) * units[unit] for count, unit in parts) if parts else float(text)
+
+
+@dataclass
+class _Admission:
+    """A place under a limit, and the tokens that were counted for it."""
+
+    limit: Limit
+    tokens: float
+    buckets: tuple[_Bucket, _Bucket]
+    raw: float = 0.0  # as estimated, before what was learned
+
+    def resize(self, raw: float) -> None:
+        """Count another estimate from now on."""
+        self.raw = raw
+        self._count(raw * self.limit.ratio)
+
+    def _count(self, tokens: float) -> None:
+        self.buckets[1].level += self.tokens - tokens
+        self.tokens = tokens
+
+    def end(
+        self, usage: Usage | None, *, unsent: bool = False, error: BaseException | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Give the place back; the tokens are settled, where it is known how many there were."""
+        limit = self.limit
+        if limit.buckets is not self.buckets:  # its loop has ended
+            return
+        if unsent:
+            self.buckets[0].level += 1
+        if usage or unsent:
+            self._count(usage.tokens_in + usage.tokens_out if usage and not unsent else 0.0)
+        if self.raw and self.tokens and usage:
+            limit.ratio += 0.3 * (self.tokens / self.raw - limit.ratio)
+            limit.mean += 0.3 * (self.tokens - limit.mean)
+        limit.running -= 1
+        limit.learn(error, headers)
+        limit.wake()
+
+
+class Limit:
+    """How much may be under way: made by `limit(…)`, shared by all that it is put on."""
+
+    def __init__(self, concurrency: int | None, rpm: float | None, tpm: float | None) -> None:
+        self.concurrency, self.rpm, self.tpm = concurrency, rpm, tpm
+        self.order = next(_ids)
+        self._loop: Any = None
+        self._queue: deque[list[anyio.Event]] = deque()
+
+    def __repr__(self) -> str:
+        stated = _given(concurrency=self.concurrency, rpm=self.rpm, tpm=self.tpm)
+        return f"limit({', '.join(f'{name}={value}' for name, value in stated.items())})"
+
+    def _now(self) -> float:
+        """The loop's time; SetupError if another loop that is still there has the limit."""
+        loop, now = _running_loop(), anyio.current_time()
+        held = self._loop() if self._loop else None
+        if held is not loop:
+            if held is not None and not _ended(held):
+                raise SetupError(f"{self} belongs to another event loop. Make one for each loop")
+            self._loop, self.running, self.paused = weakref.ref(loop), 0, now
+            # A second's requests at most in a burst: servers that count by the minute allow more,
+            # those that count by the second do not. Tokens are known only when answers come: 95%.
+            self.buckets = _Bucket(self.rpm, now, 0.975, 1.0), _Bucket(self.tpm, now, 0.95, 1.5)
+            self.ratio, self.mean = 1.0, 0.0  # of tokens to their estimate; tokens of a request
+            self._queue.clear()
+        return now
+
+    def _delay(self, tokens: float, now: float) -> float:
+        """Seconds until an admission can be given; for ever while all places are taken."""
+        if self.concurrency is not None and self.running >= self.concurrency:
+            return _EVER
+        requests, minute = self.buckets
+        wait = minute.wait(tokens * self.ratio, now)
+        return max(self.paused - now, requests.wait(1, now), wait)
+
+    def _taken(self, raw: float) -> _Admission:
+        self.running += 1
+        self.buckets[0].level -= 1
+        admission = _Admission(self, 0.0, self.buckets)
+        admission.resize(raw)
+        return admission
+
+    def wake(self) -> None:
+        """Let the first in the queue look again."""
+        with suppress(RuntimeError):  # its loop has ended
+            if self._queue:
+                self._queue[0][0].set()
+
+    def admit_nowait(self, tokens: float) -> _Admission | None:
+        """An admission, if there is one at once and nobody waits for it."""
+        now = self._now()
+        return None if self._queue or self._delay(tokens, now) > 0 else self._taken(tokens)
+
+    async def admit(self, tokens: float) -> _Admission:
+        """An admission, first come first served."""
+        self._now()
+        self._queue.append(turn := [anyio.Event()])
+        try:
+            while True:
+                first = self._queue[0] is turn
+                delay = self._delay(tokens, anyio.current_time()) if first else _EVER
+                if delay <= 0:
+                    return self._taken(tokens)
+                turn[0] = anyio.Event()
+                with anyio.move_on_after(delay):
+                    await turn[0].wait()
+        finally:
+            with suppress(ValueError):  # its loop has ended
+                self._queue.remove(turn)
+                self.wake()
+
+    def learn(self, error: BaseException | None, headers: Mapping[str, str] | None) -> None:
+        """Pause all for a server that is busy; slow down where its quota runs low."""
+        asked, status = _asked(error) if error else None, getattr(error, "status", None)
+        if status == 429:  # a little more room than the server's own
+            self.buckets[0].level = min(self.buckets[0].level, -1.0)
+        if not asked and not headers:
+            return
+        now = anyio.current_time()
+        if asked and status in {None, 429, 503, 529}:
+            self.paused = max(self.paused, now + asked)
+        for name, place in _QUOTAS if headers else ():
+            found: list[Any] = [(headers or {}).get(name.format(part)) for part in _PARTS]
+            with suppress(ValueError, TypeError):
+                most, left, seconds = float(found[0]), float(found[1]), _seconds(found[2])
+                others = self.running * (self.mean if place else 1.0)
+                self.buckets[place].learn(most, left, seconds, now, others)
+
+    @overload
+    def __call__(self, fn: Endpoint, /) -> Callable[..., Coroutine[Any, Any, Reply[Any]]]: ...
+    @overload
+    def __call__(self, fn: Fn[P, R], /) -> Fn[P, R]: ...
+    def __call__(self, fn: Any, /) -> Any:
+        """The function, under this limit: each request of a model in it, else each of its calls."""
+        is_model = isinstance(_unwrapped(fn), Endpoint)
+
+        async def around(args: Any, kwargs: Any) -> Any:
+            passes, own = _passes.get(), _Pass(self)
+            if not is_model:
+                tokens = len(f"{args}{kwargs}") / 4 if self.tpm else 0.0
+                own.admission = await _admission(self, passes, tokens)
+            others = tuple(held for held in passes if held.limit is not self)
+            _passes.set((*others, own))
+            result: Any = None
+            try:
+                result = await fn(*args, **kwargs)
+                return result
+            finally:
+                _passes.set(passes)
+                if admission := own.taken():  # no request has used it
+                    fault = None if result is not None else sys.exc_info()[1]
+                    admission.end(getattr(result, "usage", None) or None, error=fault)
+
+        return _decorated(fn, "limit(…)", around)
+
+
+# Where providers say what is left of requests (0) and tokens (1).
+_PARTS = ("limit", "remaining", "reset")
+_QUOTAS = [
+    ("x-ratelimit-{}-requests", 0), ("x-ratelimit-{}-tokens", 1),
+    ("anthropic-ratelimit-requests-{}", 0), ("anthropic-ratelimit-tokens-{}", 1),
+    ("anthropic-ratelimit-input-tokens-{}", 1), ("anthropic-ratelimit-output-tokens-{}", 1),
+]  # fmt: skip
+
+
+def limit(
+    *, concurrency: int | None = None, rpm: float | None = None, tpm: float | None = None
+) -> Limit:
+    """A limit for all that it is put on: a decorator, and a model's `limit=`.
+
+    concurrency: at once. rpm, tpm: requests and tokens a minute, which are never exceeded; tokens
+    are estimated, and settled when the answer tells. It admits each HTTP attempt of the models
+    within, and each call of a function that makes none; first come, first served. A 429 with
+    Retry-After pauses all, and it slows down where the headers say that little is left. It
+    belongs to one event loop.
+
+    >>> share = limit(concurrency=8, rpm=600)
+    >>> models.gpt4.using(limit=share).limit
+    limit(concurrency=8, rpm=600)
+    """
+    for name, value in _given(concurrency=concurrency, rpm=rpm, tpm=tpm).items():
+        if not value > 0:
+            raise SetupError(f"limit: {name}={value!r} lets nothing through; use more than 0")
+    return Limit(concurrency, rpm, tpm)
+
+
+# ── 9. Concurrency ─── many at once, and nothing left behind
+
+
+async def _result(awaitable: Any) -> Any:
+    return await awaitable
+
+
+@overload
+async def gather(
+    one: Awaitable[A], two: Awaitable[B], /, *, limit: int | None = None,
+    return_exceptions: Literal[False] = False,
+) -> tuple[A, B]: ...
+@overload
+async def gather(
+    one: Awaitable[A], two: Awaitable[B], three: Awaitable[C], /, *, limit: int | None = None,
+    return_exceptions: Literal[False] = False,
+) -> tuple[A, B, C]: ...
+@overload
+async def gather(
+    one: Awaitable[A], two: Awaitable[B], three: Awaitable[C], four: Awaitable[D], /, *,
+    limit: int | None = None, return_exceptions: Literal[False] = False,
+) -> tuple[A, B, C, D]: ...
+@overload
+async def gather(
+    one: Awaitable[A], two: Awaitable[B], /, *, limit: int | None = None,
+    return_exceptions: Literal[True],
+) -> tuple[A | Exception, B | Exception]: ...
+@overload
+async def gather(
+    *awaitables: Awaitable[A], limit: int | None = None, return_exceptions: Literal[False] = False
+) -> list[A]: ...
+@overload
+async def gather(
+    *awaitables: Awaitable[A], limit: int | None = None, return_exceptions: Literal[True]
+) -> list[A | Exception]: ...
+async def gather(
+    *awaitables: Any, limit: int | None = None, return_exceptions: bool = False
+) -> Any:
+    """The results of awaitables in order, at most `limit` at once.
+
+    The first error cancels the rest, waits for their end, and is raised itself; with
+    `return_exceptions` it is the result. Coroutines that were never started are closed.
+
+    >>> async def compare(question: str) -> list[Reply[str]]:
+    ...     return await gather(models.gpt4(question), models.claude(question))
+    """
+    try:
+        if wrong := [one for one in awaitables if not inspect.isawaitable(one)]:
+            raise TypeError(f"gather() takes awaitables, not {wrong[0]!r:.80}: call the function")
+        at_once = max(1, len(awaitables)) if limit is None else limit
+        on_error = "return" if return_exceptions else "raise"
+        return await _all(_result, awaitables, at_once, on_error, _NO_BAR, "gather()")
+    finally:
+        for one in filter(inspect.iscoroutine, awaitables):
+            one.close()
+
+
+def _bar(progress: bool, items: Any) -> Any:
+    """tqdm's bar, or what stands for it without progress."""
+    if not progress:
+        return _NO_BAR
+    try:
+        tqdm: Any = importlib.import_module("tqdm")
+    except ImportError:
+        raise SetupError("progress=True needs tqdm: install ember-llm[progress]") from None
+    return tqdm.tqdm(total=len(items) if hasattr(items, "__len__") else None)
+
+
+@overload
+async def parallel(
+    fn: Callable[[A], Coroutine[Any, Any, R]], items: _Items[A], *, limit: int = 64,
+    on_error: Literal["raise"] = "raise", progress: bool = False,
+) -> list[R]: ...
+@overload
+async def parallel(
+    fn: Callable[[A], Coroutine[Any, Any, R]], items: _Items[A], *, limit: int = 64,
+    on_error: Literal["return"], progress: bool = False,
+) -> list[R | Exception]: ...
+async def parallel(
+    fn: Callable[[Any], Coroutine[Any, Any, Any]], items: _Items[Any], *, limit: int = 64,
+    on_error: str = "raise", progress: bool = False,
+) -> list[Any]:
+    """The results of `fn` for all items, in order, at most `limit` calls at once.
+
+    items: any iterable, async or not. on_error: "raise" cancels the rest at the first error,
+    "return" has the exception in the place of its result. progress: shows tqdm's bar.
+
+    >>> async def lengths(texts: list[str]) -> list[int]:
+    ...     async def length(text: str) -> int:
+    ...         return len(text)
+    ...     return await parallel(length, texts)
+    >>> anyio.run(lengths, ["a", "bcd"])
+    [1, 3]
+    """
+    return await _all(fn, items, limit, on_error, _bar(progress, items), "parallel()")
+
+
+@overload
+def as_completed(
+    fn: Callable[[A], Coroutine[Any, Any, R]], items: _Items[A], *, limit: int = 64,
+    on_error: Literal["raise"] = "raise", progress: bool = False,
+) -> AsyncGenerator[tuple[int, R]]: ...
+@overload
+def as_completed(
+    fn: Callable[[A], Coroutine[Any, Any, R]], items: _Items[A], *, limit: int = 64,
+    on_error: Literal["return"], progress: bool = False,
+) -> AsyncGenerator[tuple[int, R | Exception]]: ...
+async def as_completed(
+    fn: Callable[[Any], Coroutine[Any, Any, Any]], items: _Items[Any], *, limit: int = 64,
+    on_error: str = "raise", progress: bool = False,
+) -> AsyncGenerator[tuple[int, Any]]:
+    """(index, result) for each item as it is done; parameters as in `parallel`.
+
+    About `limit` items and results are held. `contextlib.aclosing` leaves nothing under way.
+    """
+    _many(fn, "as_completed()", limit, on_error)
+    done, faults, bar = deque[tuple[int, Any]](), list[BaseException](), _bar(progress, items)
+    ready, room, ended, scope = anyio.Event(), anyio.Event(), anyio.Event(), anyio.CancelScope()
+
+    def put(index: int, result: Any) -> Any:
+        done.append((index, result))
+        ready.set()
+        return room.wait() if len(done) >= limit else None
+
+    async def work() -> None:
+        try:
+            with scope:
+                await _each(fn, items, limit, put, on_error)
+        except BaseException as error:
+            if _told_to_end(error):
+                raise
+            faults.append(error)
+        finally:
+            ended.set()
+            ready.set()
+
+    _spawn(work)
+    try:
+        while not ended.is_set() or done:
+            await ready.wait()
+            while done:
+                bar.update()
+                room.set()
+                room = anyio.Event()
+                yield done.popleft()
+            ready = ended if ended.is_set() else anyio.Event()
+        _raise_first(faults)
+    finally:
+        scope.cancel()
+        bar.close()
+        with anyio.CancelScope(shield=True):
+            await ended.wait()
+
+
+def fallback(first: Fn[P, R], /, *others: Fn[P, R]) -> Fn[P, R]:
+    """An async function that asks the first, and the next one when that fails.
+
+    When all have failed, the last error is raised, with a note for each before it. A budget that
+    is spent ends it at once.
+
+    >>> answer = fallback(models.gpt4, models.claude, models.local)
+    """
+    fns: tuple[Any, ...] = (first, *others)
+    for fn in fns:
+        _async_only(fn, "fallback()")
+
+    async def around(args: Any, kwargs: Any) -> Any:
+        notes, failure = list[str](), Exception()
+        for fn in fns:
+            try:
+                return await fn(*args, **kwargs)
+            except BudgetExceeded:
+                raise
+            except Exception as error:
+                failure = error
+            failure.__context__ = None
+            notes.append(f"{_name(fn)} failed: {type(failure).__name__}: {failure}")
+        for note in notes[:-1]:
+            failure.add_note(note)
+        raise failure
+
+    made: Fn[P, R] = _decorated(first, "fallback()", around, names=False)
+    return made
+
+
+class Graph(Protocol):
+    """An async function of the inputs that returns all results by name."""
+
+    order: tuple[str, ...]
+
+    def mermaid(self) -> str:
+        """The graph as a flowchart of Mermaid's."""
+        ...
+
+    async def __call__(self, *args: Any, **inputs: Any) -> dict[str, Any]:
+        """The results of all nodes by name."""
+        ...
+
+
+_Node = Callable[..., Any] | tuple[Any, ...]
+
+
+def _edges(name: str, node: Any) -> tuple[Any, list[str], dict[str, bool]]:
+    """A node's function, its edges by position, and those by name: True where compulsory."""
+    parts: list[Any] = [*node] if isinstance(node, tuple) else [node]
+    fn, places = next(iter(parts), None), parts[1:]
+    if not callable(fn) or {*map(type, places)} - {str}:
+        raise SetupError(f"graph: node {name!r} is no function, nor (function, 'edge', …)")
+    try:
+        parameters = inspect.signature(fn).parameters
+        if places:
+            inspect.signature(fn).bind(*places)
+    except (TypeError, ValueError) as error:  # a ValueError: it has no signature
+        what = f"graph: node {name!r}: {_name(fn)}() cannot take {', '.join(places) or 'edges'}"
+        raise SetupError(f"{what}: {error}") from None
+    if places:
+        return fn, places, {}
+    plain = [p for p in parameters.values() if p.kind not in {p.VAR_POSITIONAL, p.VAR_KEYWORD}]
+    return fn, [], {p.name: p.default is p.empty for p in plain}
+
+
+def graph(
+    nodes: Mapping[str, _Node] | None = None, /, *, limit: int | None = None, **named: _Node
+) -> Graph:
+    """An async function of the inputs that runs each node as soon as what it needs is there.
+
+    A node is a function, whose parameters are its edges: to the nodes and the inputs of that name;
+    or (function, "edge", …), bound by position. All results come back by name. The first error
+    cancels the other nodes; it has a note that names its node. At most `limit` run at once.
+
+    >>> async def draft(topic: str) -> str:
+    ...     return f"a text on {topic}"
+    >>> async def title(draft: str) -> str:
+    ...     return draft.upper()
+    >>> anyio.run(graph(draft=draft, title=title), "rivers")
+    {'draft': 'a text on rivers', 'title': 'A TEXT ON RIVERS'}
+    """
+    if limit is not None and limit < 1:
+        raise SetupError(f"graph: limit={limit!r} lets nothing run; use 1 or more, or None")
+    wanted = {name: _edges(name, node) for name, node in {**(nodes or {}), **named}.items()}
+    needs = {
+        name: [*places, *(edge for edge, must in by_name.items() if must or edge in wanted)]
+        for name, (_, places, by_name) in wanted.items()
+    }
+    among = {name: [e for e in edges if e in wanted] for name, edges in needs.items()}
+    try:
+        order = tuple(graphlib.TopologicalSorter(among).static_order())
+    except graphlib.CycleError as error:
+        circle = " → ".join(reversed(error.args[1]))
+        raise SetupError(f"graph: nodes wait for each other: {circle}. Cut an edge") from None
+    inputs = dict.fromkeys(e for edges in needs.values() for e in edges if e not in wanted)
+    if odd := [name for name in inputs if not name.isidentifier() or keyword.iskeyword(name)]:
+        raise SetupError(f"graph: {odd[0]!r} is no node, and no name for an input. Rename it")
+    extras = dict.fromkeys(e for _, _, by_name in wanted.values() for e in by_name)
+    signature = _signature(inputs, [e for e in extras if e not in inputs and e not in wanted])
+
+    async def graph(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        return await _traversed(wanted, needs, order, _bound(signature, args, kwargs), limit)
+
+    made: Any = graph
+    made.__signature__, made.order = signature, order
+    made.mermaid = functools.partial(_mermaid, inputs, order, needs)
+    return made  # type: ignore[no-any-return]
+
+
+def _bound(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The inputs of a graph by name; TypeError names what is missing or unknown."""
+    names = [*signature.parameters]
+    for name in kwargs.keys() - {*names}:
+        near = difflib.get_close_matches(name, [*names, "nothing"], 1, 0)
+        raise TypeError(f"graph() has no input {name!r}. Did you mean {near[0]!r}?")
+    try:
+        return signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise TypeError(f"graph() {error}. Its inputs: {', '.join(names)}") from None
+
+
+def _signature(inputs: Iterable[str], optional: Iterable[str]) -> inspect.Signature:
+    """The signature of a graph."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind) for name in inputs]
+    parameters += [inspect.Parameter(name, kind, default=None) for name in optional]
+    return inspect.Signature(parameters, return_annotation=dict[str, Any])
+
+
+def _mermaid(
+    inputs: Iterable[str], order: Sequence[str], needs: Mapping[str, Sequence[str]]
+) -> str:
+    """The graph as a flowchart of Mermaid's."""
+    ids = {name: f"n{at}" for at, name in enumerate([*inputs, *order])}
+    lines = [f'    {ids[name]}(["{_label(name)}"])' for name in inputs]
+    lines += [f'    {ids[name]}["{_label(name)}"]' for name in order]
+    lines += [f"    {ids[edge]} --> {ids[name]}" for name in order for edge in needs[name]]
+    return "\n".join(["flowchart TD", *lines])
+
+
+def _label(name: str) -> str:
+    """A name as Mermaid takes any text: in its codes for characters."""
+    return "".join(c if c.isalnum() or c in " _-." else f"#{ord(c)};" for c in name)
+
+
+def _unnamed(fn: Any, given: Mapping[str, Any]) -> list[str]:
+    """Those of the given parameters that a function takes by position only."""
+    parameters = inspect.signature(fn).parameters.values()
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.name in given]
+
+
+async def _traversed(
+    wanted: Mapping[str, tuple[Any, list[str], dict[str, bool]]], needs: Mapping[str, list[str]],
+    order: Sequence[str], results: dict[str, Any], limit: int | None,
+) -> dict[str, Any]:
+    """The results of all nodes, by name."""
+    ready, faults = {name: anyio.Event() for name in order}, list[BaseException]()
+    room = anyio.Semaphore(limit or max(1, len(order)))
+
+    async def run(name: str) -> None:
+        fn, places, by_name = wanted[name]
+        for edge in needs[name]:
+            if edge in ready:
+                await ready[edge].wait()
+        given = {edge: results[edge] for edge in by_name if edge in results}
+        args = [*(results[edge] for edge in places), *map(given.pop, _unnamed(fn, given))]
+        try:
+            async with room:
+                result = fn(*args, **given)
+                results[name] = await result if inspect.isawaitable(result) else result
+            ready[name].set()
+        except BaseException as error:
+            if _told_to_end(error):
+                raise
+            error.add_note(f"This was in node {name!r} of the graph.")
+            faults.append(error)
+            group.cancel_scope.cancel()
+
+    with _ungrouped(faults):
+        async with anyio.create_task_group() as group:
+            for name in order:
+                group.start_soon(run, name)
+    return {name: results[name] for name in order}
+
+
+_sync_loop: list[Any] = []  # the process, the loop, its thread
+_sync_lock = threading.Lock()
+
+
+def _loop_beside() -> Any:
+    """The event loop in a thread of its own, which is started once a process."""
+    import asyncio
+    import atexit
+
+    with _sync_lock:
+        if not _sync_loop or _sync_loop[0] != os.getpid() or _sync_loop[1].is_closed():
+            loop, started = asyncio.new_event_loop(), threading.Event()
+
+            def serve() -> None:
+                with asyncio.Runner(loop_factory=lambda: loop) as runner:
+                    runner.get_loop().call_soon(started.set)
+                    loop.run_forever()
+
+            thread = threading.Thread(target=serve, name="ember-sync", daemon=True)
+            thread.start()
+            started.wait()
+            _sync_loop[:] = [os.getpid(), loop, thread]
+            atexit.register(_stop_beside, os.getpid(), loop, thread)
+    return _sync_loop[1]
+
+
+def _stop_beside(pid: int, loop: Any, thread: threading.Thread) -> None:
+    """End the loop with the process, so that its connections are closed."""
+    if pid == os.getpid():
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(2)
+
+
+class _Sync(Generic[P, R]):
+    """The blocking twin of an async function: made by `sync`, to be called as any function."""
+
+    def __init__(self, fn: Callable[P, Coroutine[Any, Any, R]]) -> None:
+        functools.update_wrapper(self, fn)
+        self._fn = fn
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """The result, waited for."""
+        import asyncio
+
+        if (loop := _loop_beside()) is _running_or_none():
+            what = f"sync({_name(self._fn)}) is called by its own loop, and would wait for ever"
+            raise SetupError(f"{what}. Await the function there")
+        coroutine, ended = self._fn(*args, **kwargs), threading.Event()
+        results, faults = list[R](), list[BaseException]()
+
+        async def awaited() -> None:
+            if sniffio := sys.modules.get("sniffio"):  # the caller's context may say trio
+                sniffio.current_async_library_cvar.set("asyncio")
+            try:
+                results.append(await coroutine)
+            except BaseException as error:  # none may end the loop, which is everybody's
+                faults.append(error)
+            finally:
+                ended.set()
+
+        task = asyncio.run_coroutine_threadsafe(awaited(), loop)
+        try:
+            ended.wait()
+        except BaseException:  # Ctrl-C
+            task.cancel()
+            ended.wait(10)
+            raise
+        for error in faults:
+            _shorten(error)
+            raise error
+        return results[0]
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else types.MethodType(self, instance)
+
+    def __reduce__(self) -> Any:
+        home: Any = sys.modules.get(self.__module__)
+        path: str = self.__dict__.get("__qualname__", "")
+        for name in path.split("."):
+            home = getattr(home, name, None)
+        return path if home is self else (_Sync, (self._fn,))
+
+
+def _running_or_none() -> Any:
+    """asyncio's loop, if one runs this thread."""
+    asyncio = sys.modules.get("asyncio")
+    return asyncio._get_running_loop() if asyncio else None
+
+
+def sync(fn: Callable[P, Coroutine[Any, Any, R]], /) -> Callable[P, R]:
+    """The blocking twin of an async function, for scripts, threads, notebooks and clusters.
+
+    All twins share one event loop, in a thread of its own; ledgers cross to it. Ctrl-C cancels the
+    call. It can be sent to other processes, if the function is found there by its name.
+
+    >>> async def double(number: int) -> int:
+    ...     return 2 * number
+    >>> sync(double)(4)
+    8
+    """
+    _async_only(fn, "sync()")
+    return _Sync(fn)

@@ -1,9 +1,36 @@
 """What the types of the API say. Never run: tests/test_types.py has it type-checked."""
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, assert_type
 
-from ember import Model, Reply, Stream, model, models
+from ember import (
+    Attempt,
+    Budget,
+    Ledger,
+    Limit,
+    Model,
+    Reply,
+    Stream,
+    as_completed,
+    batch,
+    budget,
+    cache,
+    fallback,
+    gather,
+    graph,
+    limit,
+    model,
+    models,
+    parallel,
+    retry,
+    sync,
+    track,
+    transient,
+)
 
 
 @dataclass
@@ -60,3 +87,188 @@ async def mistakes() -> None:
     await models.gpt4("x", max_tokens="many")  # type: ignore[call-overload]  # pyright: ignore
     await models.gpt4()  # type: ignore[call-overload]  # pyright: ignore
     models.gpt4.id = "x"  # type: ignore[misc]  # pyright: ignore
+
+
+# ── Decorators and concurrency ───
+
+
+async def classify(text: str, *, more: int = 3) -> str:
+    """A function of the user's own."""
+    return text * more
+
+
+async def size(text: str) -> int:
+    """Another one."""
+    return len(text)
+
+
+def as_key(text: str, *, more: int = 3) -> str:
+    """The key of a call."""
+    return f"{text} {more}"
+
+
+class Desk:
+    """Methods, decorated bare and with arguments."""
+
+    @retry
+    async def tried(self, text: str) -> int:
+        """Bare."""
+        return len(text)
+
+    @retry(max_attempts=5, timeout=60)
+    @cache(ttl=3600)
+    @batch(size=10)
+    @limit(rpm=60)
+    async def stacked(self, text: str, *, more: int = 3) -> str:
+        """All at once."""
+        return text * more
+
+    @cache
+    @batch
+    async def bare(self, text: str) -> City:
+        """Two at once, bare."""
+        return City(text, 0)
+
+    @sync
+    async def blocking(self, text: str) -> int:
+        """A twin that binds."""
+        return len(text)
+
+
+async def decorated() -> None:
+    """A decorator keeps parameters and result, bare and with arguments; a task can run it."""
+    for kept in (
+        retry(classify), retry(max_attempts=3)(classify), retry(classify, timeout=5),
+        cache(classify), cache(ttl=60)(classify), cache(ttl=timedelta(days=1))(classify),
+        cache(store={}, key=str)(classify), cache(key=as_key)(classify),
+        batch(classify), batch(size=3)(classify), batch(classify, size=3),
+        limit(concurrency=3)(classify), limit(rpm=60, tpm=1000)(classify),
+        retry(on=ValueError)(classify), retry(on=(ValueError, KeyError))(classify),
+        retry(on=transient)(classify), retry(on=lambda error: True)(classify),
+        fallback(classify), fallback(classify, classify),
+    ):  # fmt: skip
+        assert_type(await kept("x", more=2), str)
+        assert_type(await kept(text="x"), str)
+        task = asyncio.create_task(kept("x"))
+        assert_type(await task, str)
+
+
+async def methods() -> None:
+    """Decorated methods bind."""
+    desk = Desk()
+    assert_type(await desk.tried("x"), int)
+    assert_type(await desk.stacked("x", more=2), str)
+    assert_type(await desk.bare(text="x"), City)
+    assert_type(desk.blocking("x"), int)
+    assert_type(await Desk.tried(desk, "x"), int)
+
+
+async def decorated_models() -> None:
+    """A decorated model is an async function of a prompt."""
+    shared = limit(rpm=60)
+    assert_type(shared, Limit)
+    assert_type(model("openai:gpt-4o", limit=shared), Model)
+    for ask in (
+        retry(models.gpt4), retry(max_attempts=3)(models.gpt4), cache(models.gpt4),
+        cache(ttl=60)(models.gpt4), batch(models.gpt4), batch(size=3)(models.gpt4),
+        fallback(models.gpt4, models.claude),
+    ):  # fmt: skip
+        assert_type(await ask("x"), Reply[str])
+        assert_type((await ask("x", temperature=0, system="y")).text, str)
+    assert_type(await shared(models.gpt4)("x", output=int), Reply[Any])
+    assert_type(sync(models.gpt4)("x"), Reply[str])
+
+
+async def together() -> None:
+    """gather keeps each type; a list of one type stays one."""
+    one, two, three = await gather(classify("x"), size("y"), models.gpt4("z"))
+    assert_type(one, str)
+    assert_type(two, int)
+    assert_type(three, Reply[str])
+    both = await gather(classify("x"), size("y"), limit=1)
+    assert_type(both[0], str)
+    assert_type(both[1], int)
+    assert_type(await gather(*[size("x"), size("y")]), list[int])
+    maybe, _ = await gather(classify("x"), size("y"), return_exceptions=True)
+    assert_type(maybe, str | Exception)
+
+
+async def over_items() -> None:
+    """parallel, batch and as_completed give what the function gives."""
+    assert_type(await parallel(classify, ["x"]), list[str])
+    assert_type(await parallel(size, (text for text in "xy"), limit=3, progress=True), list[int])
+    assert_type(await parallel(size, pages()), list[int])
+    assert_type(await parallel(models.gpt4, ["x"]), list[Reply[str]])
+    assert_type(await parallel(Desk().stacked, ["x"], on_error="raise"), list[str])
+    assert_type(await parallel(size, ["x"], on_error="return"), list[int | Exception])
+    assert_type(await batch(classify, ["x"], size=32), list[str])
+    assert_type(await batch(size, pages()), list[int])
+    assert_type(await batch(models.gpt4, ["x"]), list[Reply[str]])
+    async for index, result in as_completed(size, ["x"], limit=3):
+        assert_type(index, int)
+        assert_type(result, int)
+    async for _, outcome in as_completed(size, pages(), on_error="return"):
+        assert_type(outcome, int | Exception)
+    async with aclosing(as_completed(models.gpt4, ["x"])) as results:
+        assert_type(await anext(results), tuple[int, Reply[str]])
+
+
+async def pages() -> AsyncIterator[str]:
+    """An async generator of items."""
+    yield "x"
+
+
+async def graphs() -> None:
+    """A graph gives its results by name; a twin blocks."""
+    calls = graph(classify=classify, size=(size, "classify"), plain=len)
+    assert_type(await calls("x"), dict[str, Any])
+    assert_type(await graph({"size": size}, limit=3, inner=calls)(text="x"), dict[str, Any])
+    assert_type(calls.order, tuple[str, ...])
+    assert_type(calls.mermaid(), str)
+    assert_type(sync(classify)("x", more=2), str)
+    assert_type(sync(size)(text="x"), int)
+    assert_type(sync(calls)("x"), dict[str, Any])
+
+
+async def ledgers() -> None:
+    """Ledgers and budgets are context managers that give themselves."""
+    with track() as ledger, budget(usd=1.0, warn=0.5, on_warn=print) as spent:
+        await models.gpt4("x")
+    assert_type(ledger, Ledger)
+    assert_type(spent, Budget)
+    assert_type((ledger.requests, ledger.cost, spent.left), tuple[int, float, float])
+    assert_type(ledger.calls, list[Attempt])
+    assert_type(ledger.by_model["x"].tokens_in, int)
+    with track(lambda attempt: print(attempt.cost, attempt.parent)):
+        pass
+    total = Ledger()
+    total.add(ledger)
+
+
+async def more_mistakes() -> None:
+    """Each is an error, as those above."""
+    await retry(classify)(5)  # type: ignore[arg-type]  # pyright: ignore
+    await cache(ttl=5)(classify)("x", mor=2)  # type: ignore[call-arg]  # pyright: ignore
+    await batch(size=5)(classify)()  # type: ignore[call-arg]  # pyright: ignore
+    await limit(rpm=5)(classify)("x", 2)  # type: ignore[call-arg]  # pyright: ignore
+    await fallback(classify, classify)(5)  # type: ignore[arg-type]  # pyright: ignore
+    await Desk().stacked(5)  # type: ignore[arg-type]  # pyright: ignore
+    retry(max_attempts="3")(classify)  # type: ignore[call-overload]  # pyright: ignore
+    cache(ttl="day")(classify)  # type: ignore[call-overload]  # pyright: ignore
+    batch(size="10")(classify)  # type: ignore[call-overload]  # pyright: ignore
+    limit(rpm="60")  # type: ignore[arg-type]  # pyright: ignore
+    limit(60)  # type: ignore[call-arg]  # pyright: ignore
+    retry(len)  # type: ignore[arg-type]  # pyright: ignore
+    cache(len)  # type: ignore[arg-type]  # pyright: ignore
+    sync(len)  # type: ignore[arg-type]  # pyright: ignore
+    sync(classify)(5)  # type: ignore[arg-type]  # pyright: ignore
+    await gather(5)  # type: ignore[call-overload]  # pyright: ignore
+    await parallel(classify, [5])  # type: ignore[arg-type]  # pyright: ignore
+    await parallel(classify, 5)  # type: ignore[call-overload]  # pyright: ignore
+    await parallel(len, ["x"])  # type: ignore[arg-type]  # pyright: ignore
+    await parallel(size, ["x"], on_error="ignore")  # type: ignore[call-overload]  # pyright: ignore
+    await batch(classify, [5])  # type: ignore[arg-type]  # pyright: ignore
+    as_completed(classify, [5])  # type: ignore[arg-type]  # pyright: ignore
+    graph(classify=5)  # type: ignore[arg-type]  # pyright: ignore
+    budget("1")  # type: ignore[arg-type]  # pyright: ignore
+    track(5)  # type: ignore[arg-type]  # pyright: ignore
