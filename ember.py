@@ -356,21 +356,21 @@ class Ledger:
         self.over, self._tokens = False, list[Token[tuple[Ledger, ...]]]()
 
     def __enter__(self) -> Self:
-        self.over, ledgers = False, _ledgers.get()
-        self._tokens.append(_ledgers.set(ledgers if self in ledgers else (*ledgers, self)))
+        self.over, ledgers = False, _context.ledgers.get()
+        self._tokens.append(_context.ledgers.set(ledgers if self in ledgers else (*ledgers, self)))
         return self
 
     def __exit__(self, *_: object) -> None:
-        others = tuple(one for one in _ledgers.get() if one is not self)
+        others = tuple(one for one in _context.ledgers.get() if one is not self)
         for token in reversed(self._tokens):
             with suppress(ValueError):  # it was opened in another context
-                _ledgers.reset(token)
+                _context.ledgers.reset(token)
                 self._tokens.remove(token)
                 break
         else:
             self.over = True  # in that context too
-        again = self in _ledgers.get()
-        _ledgers.set((*others, self) if again else others)
+        again = self in _context.ledgers.get()
+        _context.ledgers.set((*others, self) if again else others)
 
     def __reduce__(self) -> Any:
         return Ledger, (self.calls, self.saves)
@@ -601,13 +601,6 @@ class _Pass:
         return admission
 
 
-_ledgers: ContextVar[tuple[Ledger, ...]] = ContextVar("ledgers", default=())
-_path: ContextVar[tuple[tuple[str, str], ...]] = ContextVar("path", default=())
-_retrying: ContextVar[_Retrying | None] = ContextVar("retrying", default=None)
-_passes: ContextVar[tuple[_Pass, ...]] = ContextVar("passes", default=())
-_ids = itertools.count(1)
-
-
 class _Scope(NamedTuple):
     """The context that a call is made in; a stream keeps the one that it was created in."""
 
@@ -616,11 +609,31 @@ class _Scope(NamedTuple):
     retrying: _Retrying | None
     passes: tuple[_Pass, ...]
 
-    @staticmethod
-    def now() -> _Scope:
+
+class _Context:
+    """The context variables. A function that is sent to another process finds them there."""
+
+    def __init__(self) -> None:
+        self.ledgers: ContextVar[tuple[Ledger, ...]] = ContextVar("ledgers", default=())
+        self.path: ContextVar[tuple[tuple[str, str], ...]] = ContextVar("path", default=())
+        self.retrying: ContextVar[_Retrying | None] = ContextVar("retrying", default=None)
+        self.passes: ContextVar[tuple[_Pass, ...]] = ContextVar("passes", default=())
+        # The decorated function that a decorator around it calls: they are one entry of the path.
+        self.stacked: ContextVar[Any] = ContextVar("stacked", default=None)
+        # Which of several equal calls this is, so that samples stay distinct.
+        self.sample: ContextVar[tuple[int, ...]] = ContextVar("sample", default=())
+
+    def __reduce__(self) -> str:
+        return "_context"
+
+    def scope(self) -> _Scope:
         """The context of the caller."""
-        ledgers = tuple(ledger for ledger in _ledgers.get() if not ledger.over)
-        return _Scope(ledgers, _path.get(), _retrying.get(), _passes.get())
+        ledgers = tuple(ledger for ledger in self.ledgers.get() if not ledger.over)
+        return _Scope(ledgers, self.path.get(), self.retrying.get(), self.passes.get())
+
+
+_context = _Context()
+_ids = itertools.count(1)
 
 
 def _new_id() -> str:
@@ -1816,7 +1829,7 @@ def _settle(
     entry.leave(
         counted, (cost or 0.0) + uncertain, unsent=unsent, error=error, headers=headers
     )  # fmt: skip
-    if scope.ledgers:
+    if scope.ledgers and "sent" in body:
         said = "ok" if reply else f"{type(error).__name__}: {error}" if error else "cancelled"
         parent, function = scope.path[-1] if scope.path else (None, "")
         attempt = Attempt(
@@ -1941,7 +1954,7 @@ async def _answer(
 ) -> Reply[Any]:
     """The reply to a prompt, with all that its tools and its typed output take."""
     replies: list[Reply[Any]] = []
-    run = _run(end, prompt, given, replies, _Scope.now(), texts=texts)
+    run = _run(end, prompt, given, replies, _context.scope(), texts=texts)
     async with aclosing(run) as pieces:
         async for _ in pieces:
             pass
@@ -1980,7 +1993,7 @@ class Stream:
     def __init__(self, end: Endpoint, prompt: object, given: JSON) -> None:
         self._end, self._replies = end, list[Reply[Any]]()
         self._texts, self._broken, self._ended = list[str](), False, False
-        self._pieces = _run(end, prompt, given, self._replies, _Scope.now(), stream=True)
+        self._pieces = _run(end, prompt, given, self._replies, _context.scope(), stream=True)
 
     @property
     def reply(self) -> Reply[Any]:
@@ -2270,16 +2283,19 @@ def _name(fn: Any) -> str:
 
 def _unwrapped(fn: Any) -> Any:
     """The function under Ember's own decorators, but not under those of others."""
-    while getattr(fn, "__globals__", None) is globals() and hasattr(fn, "__wrapped__"):
-        fn = fn.__wrapped__
+    while inspect.isfunction(fn) and fn.__code__.co_filename == _FILE and "__wrapped__" in vars(fn):
+        fn = vars(fn)["__wrapped__"]
     return fn
+
+
+_FILE = _name.__code__.co_filename  # of this module, also in a function from another process
 
 
 def _shorten(error: BaseException) -> None:
     """Take Ember's frames out of a traceback, but for the first and the last."""
     node = error.__traceback__
     while node and node.tb_next and node.tb_next.tb_next:
-        if node.tb_next.tb_frame.f_globals is globals():
+        if node.tb_next.tb_frame.f_code.co_filename == _FILE:
             node.tb_next = node.tb_next.tb_next
         else:
             node = node.tb_next
@@ -2290,10 +2306,6 @@ def _async_only(fn: Any, who: str) -> None:
     inner = getattr(fn, "func", fn)  # a partial's
     if not any(map(inspect.iscoroutinefunction, (inner, getattr(inner, "__call__", None)))):
         raise TypeError(f"{who} takes an async function, not {fn!r:.80}")
-
-
-# The decorated function that a decorator around it calls: the two are one entry of the path.
-_stacked: ContextVar[Any] = ContextVar("stacked", default=None)
 
 
 def _decorated(
@@ -2308,12 +2320,12 @@ def _decorated(
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
         if checked:  # a wrong call is Python's own TypeError, before anything else is done
             inner(*args, **kwargs).close()
-        path = _path.get()
-        enters = names and _ledgers.get() and _stacked.get() is not wrapper
+        path = _context.path.get()
+        enters = names and _context.ledgers.get() and _context.stacked.get() is not wrapper
         if enters:
-            _path.set((*path, (_new_id(), name)))
-        if enters or _stacked.get() is wrapper:
-            _stacked.set(fn)
+            _context.path.set((*path, (_new_id(), name)))
+        if enters or _context.stacked.get() is wrapper:
+            _context.stacked.set(fn)
         try:
             return await around(args, kwargs)
         except BaseException as error:
@@ -2321,7 +2333,7 @@ def _decorated(
             raise
         finally:
             if enters:
-                _path.set(path)
+                _context.path.set(path)
 
     if not hasattr(fn, "__qualname__"):
         wrapper.__name__ = wrapper.__qualname__ = name
@@ -2384,6 +2396,11 @@ def _is_number(value: Any, least: float) -> bool:
     return isinstance(value, int | float) and value >= least
 
 
+def _is_count(value: Any) -> bool:
+    """Whether an option is a whole number from 1 up."""
+    return _is_number(value, 1) and value == int(value)
+
+
 @overload
 def retry(
     fn: Fn[P, R], /, *, max_attempts: int = 3, timeout: float | None = None, on: On = transient,
@@ -2415,30 +2432,36 @@ def retry(
         how: JSON = {"max_attempts": max_attempts, "timeout": timeout, "on": on, "wait": wait}
         return functools.partial(retry, **how)
     kinds: Sequence[Any] = [*on] if isinstance(on, tuple) else [on]
-    proper = _is_number(max_attempts, 1) and max_attempts == int(max_attempts)
-    proper = proper and (timeout is None or _is_number(timeout, 1e-9))
-    if not proper or not all(map(callable, [*kinds, wait or transient])):
-        what = f"max_attempts={max_attempts!r}, timeout={timeout!r}, on={on!r}, wait={wait!r}"
-        rule = "It takes 1 attempt or more, seconds above 0, exceptions, a strategy of tenacity's"
-        raise SetupError(f"retry: {what} cannot be. {rule}")
-    strategy = _tenacious(wait) if wait else None
+    if not all(map(callable, [*kinds, wait or transient])):
+        what = f"on={on!r:.80} must be exceptions or a predicate, wait={wait!r:.80} a strategy"
+        raise SetupError(f"retry: {what}, as tenacity has them")
+    if not _is_count(max_attempts) or (timeout is not None and not _is_number(timeout, 1e-9)):
+        what = f"max_attempts={max_attempts!r} must be 1 or more, timeout={timeout!r} above 0 s"
+        raise SetupError(f"retry: {what}")
+    mine = _Retrying(max_attempts, _tenacious(wait) if wait else None, _EVER)
+    return _decorated(fn, "retry()", functools.partial(_retried, fn, mine, timeout, kinds))
 
-    async def around(args: Any, kwargs: Any) -> Any:
-        outer, deadline = _retrying.get(), anyio.current_time() + timeout if timeout else _EVER
-        rules = outer or _Retrying(max_attempts, strategy, _EVER)
-        _retrying.set(rules := rules._replace(deadline=min(deadline, rules.deadline)))
-        try:
-            with anyio.CancelScope(deadline=deadline) if timeout else contextlib.nullcontext():
-                return await _tried(fn, args, kwargs, rules, kinds)
-            raise CallError(f"{_name(fn)}: no result within timeout={timeout:g} s. Set it higher")
-        except Exception as error:
-            if outer is None:  # nobody is left to try it again by mistake
-                error.__dict__.pop("_tries", None)
-            raise
-        finally:
-            _retrying.set(outer)
 
-    return _decorated(fn, "retry()", around)
+async def _retried(
+    fn: Any, mine: _Retrying, timeout: float | None, on: Sequence[Any], args: Any, kwargs: Any
+) -> Any:
+    """The result of a function that is tried by the outermost rules, or by its own."""
+    outer = _context.retrying.get()
+    _context.retrying.set(rules := outer or mine)
+    try:
+        if not timeout:
+            return await _tried(fn, args, kwargs, rules, on)
+        deadline = min(rules.deadline, anyio.current_time() + timeout)
+        _context.retrying.set(rules := rules._replace(deadline=deadline))
+        with anyio.CancelScope(deadline=deadline):
+            return await _tried(fn, args, kwargs, rules, on)
+        raise CallError(f"{_name(fn)}: no result within timeout={timeout:g} s. Set it higher")
+    except Exception as error:
+        if outer is None:  # nobody is left to try it again by mistake
+            error.__dict__.pop("_tries", None)
+        raise
+    finally:
+        _context.retrying.set(outer)
 
 
 async def _tried(fn: Any, args: Any, kwargs: Any, rules: _Retrying, on: Sequence[Any]) -> Any:
@@ -2460,7 +2483,7 @@ async def _tried(fn: Any, args: Any, kwargs: Any, rules: _Retrying, on: Sequence
             mark = "attempts" if isinstance(failure, EmberError) else "_tries"
             failure.__dict__[mark] = number
             raise failure
-        places = [held for held in _passes.get() if held.admission]
+        places = [held for held in _context.passes.get() if held.admission]
         for held in places:  # no sleep while a place is held
             held.taken().end(None, error=failure)
         await anyio.sleep(pause)
@@ -2522,12 +2545,17 @@ def _parts(value: Any) -> Iterable[Any] | None:
         return value.__func__, value.__self__
     if inspect.isfunction(fn := _unwrapped(value)):
         held = [fn.__defaults__, fn.__kwdefaults__, *_closure(fn)]
-        return [fn.__module__, fn.__qualname__, _code_form(fn.__code__), *held]
+        return [_home(fn), fn.__qualname__, _code_form(fn.__code__), *held]
     if inspect.ismodule(value):
         return (value.__name__,)
     if isinstance(value, type) or hasattr(value, "__origin__") or inspect.isbuiltin(value):
         return (_type_form(value),)
     return None
+
+
+def _home(fn: Any) -> str:
+    """A function's module; a script has another name in the processes that it spawns."""
+    return str(getattr(fn, "__module__", "")).replace("__mp_main__", "__main__")
 
 
 _PROCESS = os.urandom(8).hex()
@@ -2590,7 +2618,7 @@ class _Question:
         self.signature = None if isinstance(self.inner, Endpoint) else inspect.signature(fn)
         self.forms: dict[str, tuple[Any, str]] = {}
         self.unique = f"{_PROCESS}:{next(_ids)}"
-        self.who = f"{getattr(fn, '__module__', '')}.{getattr(fn, '__qualname__', _name(fn))}"
+        self.who = f"{_home(fn)}.{getattr(fn, '__qualname__', _name(fn))}"
 
     def about(self) -> str:
         """What the function is: its code, and what it closes over."""
@@ -2625,7 +2653,7 @@ class _Question:
                 raise TypeError(f"{_name(self.fn)}(): {error}") from None
             bound.apply_defaults()
             told = ",".join(self.argument(*item) for item in bound.arguments.items())
-        sample = _sample.get()
+        sample = _context.sample.get()
         whole = f"ember 1\n{self.about()}\n{sample or ''}\n{told}"
         return hashlib.sha256(whole.encode()).hexdigest()
 
@@ -2647,9 +2675,6 @@ class _Question:
         told += [end.provider.encode(call.request), dict(call.functions), call.output]
         told.append(call.max_steps)
         return self.argument("prompt", told)
-
-
-_sample: ContextVar[tuple[int, ...]] = ContextVar("sample", default=())
 
 
 # What a cache keeps: a JSON object of expiry, cost, whether it is a Reply, and at last the value.
@@ -2934,6 +2959,9 @@ class _Cached:
         self.question: _Question | None = None
         self.key, self.adapters, self.warned = key, dict[Any, Any](), False
 
+    def __reduce__(self) -> Any:
+        return _Cached, (self.fn, self.ttl, self.store, self.key)
+
     async def __call__(self, args: Any, kwargs: Any) -> Any:
         """The answer to a call: kept, on its way, or asked for now."""
         self.question = self.question or _Question(self.fn, self.key)
@@ -3011,8 +3039,8 @@ class _Cached:
 
     def hit(self, value: Any, saved: float) -> Any:
         """A kept value, which the ledgers hear of."""
-        path = _path.get()
-        for ledger in _ledgers.get():
+        path = _context.path.get()
+        for ledger in _context.ledgers.get():
             ledger.saves.append((path[-1][1] if path else _name(self.fn), saved))
         return value
 
@@ -3097,6 +3125,23 @@ async def _each(
                 group.start_soon(work)
 
 
+class _Rooms:
+    """How many calls may run on each event loop."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.rooms: weakref.WeakKeyDictionary[Any, anyio.Semaphore] = weakref.WeakKeyDictionary()
+
+    def __reduce__(self) -> Any:
+        return _Rooms, (self.size,)
+
+    def here(self) -> anyio.Semaphore:
+        """The semaphore of the loop that runs this."""
+        loop = _running_loop()
+        room = self.rooms.get(loop)
+        return room or self.rooms.setdefault(loop, anyio.Semaphore(self.size, fast_acquire=True))
+
+
 @overload
 def batch(fn: Fn[P, R], /, *, size: int = 32) -> Fn[P, R]: ...
 @overload
@@ -3115,19 +3160,16 @@ def batch(fn: Any = None, items: Any = None, /, *, size: int = 32) -> Any:
     ... async def classify(text: str) -> str:
     ...     return (await models.gpt4(f"Classify: {text}")).text
     """
-    if not _is_number(size, 1) or size != int(size):
+    if not _is_count(size):
         raise SetupError(f"batch: size={size!r} lets nothing run; use 1 or more")
     if fn is None:
         return functools.partial(batch, size=size)
     if items is not None:
         return _all(fn, items, size, "raise", _NO_BAR, "batch()")
-    rooms: weakref.WeakKeyDictionary[Any, anyio.Semaphore] = weakref.WeakKeyDictionary()
+    rooms = _Rooms(size)
 
     async def around(args: Any, kwargs: Any) -> Any:
-        loop = _running_loop()
-        if (room := rooms.get(loop)) is None:
-            room = rooms[loop] = anyio.Semaphore(size, fast_acquire=True)
-        async with room:
+        async with rooms.here():
             return await fn(*args, **kwargs)
 
     return _decorated(fn, "batch()", around)
@@ -3136,7 +3178,7 @@ def batch(fn: Any = None, items: Any = None, /, *, size: int = 32) -> Any:
 def _many(fn: Any, who: str, limit: int, on_error: str) -> None:
     """Refuse what cannot be done for many items."""
     _async_only(fn, who)
-    if not _is_number(limit, 1) or limit != int(limit) or on_error not in {"raise", "return"}:
+    if not _is_count(limit) or on_error not in {"raise", "return"}:
         what = f"limit={limit!r} must be 1 or more, and on_error={on_error!r} raise or return"
         raise SetupError(f"{who}: {what}")
 
@@ -3255,14 +3297,17 @@ class Limit:
         self._loop: Any = None
         self._queue: deque[list[anyio.Event]] = deque()
 
+    def __reduce__(self) -> Any:
+        return Limit, (self.concurrency, self.rpm, self.tpm)
+
     def __repr__(self) -> str:
         stated = _given(concurrency=self.concurrency, rpm=self.rpm, tpm=self.tpm)
         return f"limit({', '.join(f'{name}={value}' for name, value in stated.items())})"
 
     def _now(self) -> float:
         """The loop's time; SetupError if another loop that is still there has the limit."""
-        loop, now = _running_loop(), anyio.current_time()
-        held = self._loop() if self._loop else None
+        loop, held = _running_loop(), self._loop() if self._loop else None
+        now: float = loop.time() if hasattr(loop, "time") else anyio.current_time()
         if held is not loop:
             if held is not None and not _ended(held):
                 raise SetupError(f"{self} belongs to another event loop. Make one for each loop")
@@ -3344,18 +3389,18 @@ class Limit:
         is_model = isinstance(_unwrapped(fn), Endpoint)
 
         async def around(args: Any, kwargs: Any) -> Any:
-            passes, own = _passes.get(), _Pass(self)
+            passes, own = _context.passes.get(), _Pass(self)
             if not is_model:
                 tokens = len(f"{args}{kwargs}") / 4 if self.tpm else 0.0
                 own.admission = await _admission(self, passes, tokens)
             others = tuple(held for held in passes if held.limit is not self)
-            _passes.set((*others, own))
+            _context.passes.set((*others, own))
             result: Any = None
             try:
                 result = await fn(*args, **kwargs)
                 return result
             finally:
-                _passes.set(passes)
+                _context.passes.set(passes)
                 if admission := own.taken():  # no request has used it
                     fault = None if result is not None else sys.exc_info()[1]
                     admission.end(getattr(result, "usage", None) or None, error=fault)
