@@ -3284,7 +3284,8 @@ class _Admission:
             limit.ratio += 0.3 * (self.tokens / self.raw - limit.ratio)
             limit.mean += 0.3 * (self.tokens - limit.mean)
         limit.running -= 1
-        limit.learn(error, headers)
+        if error or headers:
+            limit.learn(error, headers)
         limit.wake()
 
 
@@ -3336,8 +3337,8 @@ class Limit:
 
     def wake(self) -> None:
         """Let the first in the queue look again."""
-        with suppress(RuntimeError):  # its loop has ended
-            if self._queue:
+        if self._queue:
+            with suppress(RuntimeError):  # its loop has ended
                 self._queue[0][0].set()
 
     def admit_nowait(self, tokens: float) -> _Admission | None:
@@ -3393,17 +3394,20 @@ class Limit:
             if not is_model:
                 tokens = len(f"{args}{kwargs}") / 4 if self.tpm else 0.0
                 own.admission = await _admission(self, passes, tokens)
-            others = tuple(held for held in passes if held.limit is not self)
-            _context.passes.set((*others, own))
-            result: Any = None
+            _context.passes.set((*(held for held in passes if held.limit is not self), own))
+            used: Any = None
+            fault: BaseException | None = None
             try:
                 result = await fn(*args, **kwargs)
+                used = getattr(result, "usage", None)
                 return result
+            except BaseException as error:
+                fault = error
+                raise
             finally:
                 _context.passes.set(passes)
                 if admission := own.taken():  # no request has used it
-                    fault = None if result is not None else sys.exc_info()[1]
-                    admission.end(getattr(result, "usage", None) or None, error=fault)
+                    admission.end(used if isinstance(used, Usage) else None, error=fault)
 
         return _decorated(fn, "limit(…)", around)
 
