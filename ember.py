@@ -3825,8 +3825,6 @@ class _Sync(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """The result, waited for."""
-        import asyncio
-
         if (loop := _loop_beside()) is _running_or_none():
             what = f"sync({_name(self._fn)}) is called by its own loop, and would wait for ever"
             raise SetupError(f"{what}. Await the function there")
@@ -3843,11 +3841,20 @@ class _Sync(Generic[P, R]):
             finally:
                 ended.set()
 
-        task = asyncio.run_coroutine_threadsafe(awaited(), loop)
+        tasks: list[Any] = []
+
+        def stop() -> None:
+            for task in tasks:
+                task.cancel()
+            if not tasks:  # it had not begun
+                coroutine.close()
+                ended.set()
+
         try:
+            loop.call_soon_threadsafe(lambda: tasks.append(loop.create_task(awaited())))
             ended.wait()
-        except BaseException:  # Ctrl-C
-            task.cancel()
+        except BaseException:  # Ctrl-C, whenever it comes
+            loop.call_soon_threadsafe(stop)
             ended.wait(10)
             raise
         for error in faults:
