@@ -79,7 +79,6 @@ __version__ = "0.1.0"
 A = TypeVar("A")
 B = TypeVar("B")
 C = TypeVar("C")
-D = TypeVar("D")
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
@@ -3461,11 +3460,6 @@ async def gather(
 ) -> tuple[A, B, C]: ...
 @overload
 async def gather(
-    one: Awaitable[A], two: Awaitable[B], three: Awaitable[C], four: Awaitable[D], /, *,
-    limit: int | None = None, return_exceptions: Literal[False] = False,
-) -> tuple[A, B, C, D]: ...
-@overload
-async def gather(
     one: Awaitable[A], two: Awaitable[B], /, *, limit: int | None = None,
     return_exceptions: Literal[True],
 ) -> tuple[A | Exception, B | Exception]: ...
@@ -3825,7 +3819,8 @@ class _Sync(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """The result, waited for."""
-        if (loop := _loop_beside()) is _running_or_none():
+        loop = _loop_beside()
+        if threading.current_thread() is _sync_loop[2]:
             what = f"sync({_name(self._fn)}) is called by its own loop, and would wait for ever"
             raise SetupError(f"{what}. Await the function there")
         coroutine, ended = self._fn(*args, **kwargs), threading.Event()
@@ -3871,12 +3866,6 @@ class _Sync(Generic[P, R]):
         for name in path.split("."):
             home = getattr(home, name, None)
         return path if home is self else (_Sync, (self._fn,))
-
-
-def _running_or_none() -> Any:
-    """asyncio's loop, if one runs this thread."""
-    asyncio = sys.modules.get("asyncio")
-    return asyncio._get_running_loop() if asyncio else None
 
 
 def sync(fn: Callable[P, Coroutine[Any, Any, R]], /) -> Callable[P, R]:
