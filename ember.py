@@ -2763,8 +2763,17 @@ def _text_disk() -> Any:
         def remove(self, file_path: Any) -> None:
             """Delete nothing: a crafted row could name any file."""
 
-    return functools.partial(diskcache.Cache, disk=TextDisk, eviction_policy="none",
-                             sqlite_mmap_size=0)  # a mapped file that is cut ends the process
+    def opened(directory: str) -> Any:
+        cache = diskcache.Cache.__new__(diskcache.Cache)
+        how: JSON = {"timeout": 0.2, "disk": TextDisk, "eviction_policy": "none"}
+        try:
+            cache.__init__(directory, sqlite_mmap_size=0, **how)  # a map of a cut file ends us
+        except BaseException:
+            cache.close()
+            raise
+        return cache
+
+    return opened
 
 
 class _Shelf:
@@ -2833,7 +2842,7 @@ class _Shelf:
             with contextlib.closing(probe):
                 probe.execute("BEGIN EXCLUSIVE")
                 probe.execute("ROLLBACK")
-            self.disk = self.disk or _text_disk()(self.directory, timeout=0.2)
+            self.disk = self.disk or _text_disk()(self.directory)
             self.local.pid = os.getpid()
         return self.disk
 
@@ -3734,7 +3743,7 @@ def _mermaid(
 
 def _label(name: str) -> str:
     """A name as Mermaid takes any text: in its codes for characters."""
-    return "".join(c if c.isalnum() or c in " _-." else f"#{ord(c)};" for c in name)
+    return "".join(c if c.isalnum() or c in " _-." else "#%d;" % ord(c) for c in name)
 
 
 def _unnamed(fn: Any, given: Mapping[str, Any]) -> list[str]:
