@@ -431,20 +431,21 @@ class Ledger:
     @property
     def by_model(self) -> dict[str, Ledger]:
         """A ledger for each model's id."""
-        names = dict.fromkeys(call.model for call in self.calls)
-        return {name: Ledger([c for c in self.calls if c.model == name]) for name in names}
+        return self._by([call.model for call in self.calls], [])
 
     @property
     def by_function(self) -> dict[str, Ledger]:
         """A ledger for each decorated function that made calls; "" is for all other calls."""
-        names = dict.fromkeys([c.function for c in self.calls] + [name for name, _ in self.saves])
-        return {
-            name: Ledger(
-                [c for c in self.calls if c.function == name],
-                [hit for hit in self.saves if hit[0] == name],
-            )
-            for name in names
-        }
+        return self._by([call.function for call in self.calls], [name for name, _ in self.saves])
+
+    def _by(self, calls: Sequence[str], saves: Sequence[str]) -> dict[str, Ledger]:
+        """A ledger for each of the names that these calls and savings have."""
+        parts = {name: Ledger() for name in (*calls, *saves)}
+        for name, call in zip(calls, self.calls):
+            parts[name].calls.append(call)
+        for name, hit in zip(saves, self.saves):
+            parts[name].saves.append(hit)
+        return parts
 
     def add(self, other: Ledger) -> None:
         """Count what another ledger has counted, in a worker process for one."""
@@ -502,6 +503,7 @@ class Budget(Ledger):
         with self._lock:
             self._reserved -= reserved
             self._open -= 1
+            self._reserved = self._reserved if self._open else 0.0
             self._spent += spent
             waiting, self._waiting = self._waiting, []
             warns = not self._warned and self._spent >= self._warn * self.usd
@@ -534,6 +536,16 @@ def _running_loop() -> Any:
     from anyio.lowlevel import current_token
 
     return current_token().native_token
+
+
+def _is_number(value: Any, least: float) -> bool:
+    """Whether an option is a number, and not too small."""
+    return isinstance(value, int | float) and value >= least
+
+
+def _is_count(value: Any) -> bool:
+    """Whether an option is a whole number from 1 up."""
+    return _is_number(value, 1) and value % 1 == 0
 
 
 def _tell(listener: Callable[[Any], object], what: Any) -> None:
@@ -574,7 +586,7 @@ def budget(
     >>> spent.left
     1.0
     """
-    if not usd >= 0 or assume_tokens < 1:
+    if not _is_number(usd, 0) or not _is_count(assume_tokens):
         raise SetupError(f"budget() takes dollars and tokens, not {usd!r} and {assume_tokens!r}")
     return Budget(usd, warn, on_warn, assume_tokens)
 
@@ -593,11 +605,29 @@ class _Pass:
 
     limit: Any
     admission: Any = None
+    over: bool = False
 
     def taken(self) -> Any:
         """The admission, for the one attempt that uses it."""
         admission, self.admission = self.admission, None
         return admission
+
+
+def _give_back(passes: Iterable[_Pass], error: BaseException | None = None) -> list[_Pass]:
+    """End the admissions that nobody has used, for who waits holds no place; whose they are."""
+    held = [one for one in passes if one.admission]
+    for one in held:
+        one.taken().end(None, unsent=error is None, error=error)
+    return held
+
+
+async def _regain(places: Sequence[_Pass], tokens: float = 0.0) -> None:
+    """Take places, in one order for all, so that nobody waits in a circle."""
+    try:
+        for one in sorted(places, key=lambda one: one.limit.order):
+            one.admission = await one.limit.admit(tokens)
+    finally:  # whose call has ended meanwhile
+        _give_back(one for one in places if one.over)
 
 
 class _Scope(NamedTuple):
@@ -1225,6 +1255,14 @@ async def _url(end: Endpoint, path: str, options: JSON) -> httpx.URL:
     raise SetupError(f"base_url={base!r} is no http address. Set it or {end.provider.url_env}")
 
 
+async def _note(body: JSON, event: str, _: Any) -> None:
+    """Note whether a connection is still being made: nothing is sent, or billed, before it is."""
+    if event == "connection.connect_tcp.started":
+        body["connecting"] = True
+    elif event == "http11.send_request_headers.started":
+        body.pop("connecting", None)
+
+
 _EVER = float("inf")
 _SILENT = "the stream sent no byte for stall={:g} s. Set it higher, or try again"
 _HEADERS = {
@@ -1255,11 +1293,14 @@ async def _response(
                 headers = await _key_headers(end, url, pool)
                 content = json.dumps(row.encode(request), allow_nan=False).encode()
                 how: JSON = {"headers": _HEADERS | headers, "content": content}
-                how["extensions"] = {"timeout": {"connect": end.connect}}
-                sent = httpx.Request("POST", url, **how)
+                extensions: JSON = {"timeout": {"connect": end.connect}}
+                how["extensions"] = extensions
                 proxy = None if callable(row.base_url) else pool.proxy(url, host)
                 wait = anyio.current_time() + end.stall if request.stream else deadline
                 body["sent"] = True
+                if "watched" in body:
+                    extensions["trace"] = functools.partial(_note, body)
+                sent = httpx.Request("POST", url, **how)
                 with _guarded(min(wait, deadline), _SILENT.format(end.stall)):
                     if transport := end.transport or proxy:
                         response = await transport.handle_async_request(sent)
@@ -1730,18 +1771,21 @@ async def _admission(limit: Any, passes: Sequence[_Pass], tokens: float) -> Any:
             return admission
     if admission := limit.admit_nowait(tokens):
         return admission
-    for held in passes:  # a place held while waiting for another could be waited for, in a circle
-        if held.admission:
-            held.taken().end(None, unsent=True)
-    return await limit.admit(tokens)
+    own = _Pass(limit)
+    try:
+        await _regain([*_give_back(passes), own], tokens)
+    except BaseException:
+        _give_back([own])
+        raise
+    return own.taken()
 
 
-class _Entry:
+class _Gate:
     """What lets one attempt through: reserved dollars, and places under limits."""
 
     def __init__(self, end: Endpoint, scope: _Scope) -> None:
         self.scope, self.admissions = scope, list[Any]()
-        self.budgets = [ledger for ledger in scope.ledgers if isinstance(ledger, Budget)]
+        self.budgets = sorted((one for one in scope.ledgers if isinstance(one, Budget)), key=id)
         own = [end.limit] if hasattr(end.limit, "admit") else []
         self.limits = sorted({p.limit for p in scope.passes} | {*own}, key=lambda one: one.order)
         self.reserved, self.worst = list[Budget](), 0.0
@@ -1756,9 +1800,7 @@ class _Entry:
                 self.worst = _worst(end, request)
             for one in self.budgets:
                 while event := one.reserve_nowait(self.worst):
-                    for held in self.scope.passes:
-                        if held.admission:
-                            held.taken().end(None, unsent=True)
+                    _give_back(self.scope.passes)
                     await event.wait()
                 self.reserved.append(one)
             said = sum(len(str(m.get("content"))) for m in request.messages) if self.limits else 0
@@ -1785,12 +1827,13 @@ async def _attempt(
     call: _Call, request: Request, scope: _Scope, ended: list[Reply[Any] | EmberError]
 ) -> AsyncGenerator[str]:
     """The pieces of one attempt, which limits admit, and ledgers hear of; `ended` gets its end."""
-    end, entry, body = call.end, _Entry(call.end, scope), dict[str, Any]()
-    if entry.budgets:
-        request = _bounded(request, min(one.assume_tokens for one in entry.budgets))
-    if entry.budgets or entry.limits:
+    end, gate = call.end, _Gate(call.end, scope)
+    body: JSON = {"watched": True} if scope.ledgers else {}
+    if gate.budgets:
+        request = _bounded(request, min(one.assume_tokens for one in gate.budgets))
+    if gate.budgets or gate.limits:
         with _guarded(call.deadline, _late(end)):
-            await entry.enter(end, request)
+            await gate.enter(end, request)
     started, clock = time.time(), time.perf_counter()
     error: EmberError | None = None
     try:
@@ -1802,11 +1845,11 @@ async def _attempt(
             error = caught
         ended.append(_outcome(call, request, body, error))
     finally:
-        _settle(call, request, entry, body, ended, started, time.perf_counter() - clock)
+        _settle(call, request, gate, body, ended, started, time.perf_counter() - clock)
 
 
 def _settle(
-    call: _Call, request: Request, entry: _Entry, body: JSON,
+    call: _Call, request: Request, gate: _Gate, body: JSON,
     ended: Sequence[Reply[Any] | EmberError], started: float, seconds: float,
 ) -> None:
     """Tell limits, budgets and ledgers how an attempt ended.
@@ -1814,18 +1857,18 @@ def _settle(
     Nothing was billed for what was not sent, or was answered with an error status. Where the
     outcome is unknown, the worst case counts.
     """
-    end, scope, outcome = call.end, entry.scope, ended[0] if ended else None
+    end, scope, outcome = call.end, gate.scope, ended[0] if ended else None
     error = outcome if isinstance(outcome, EmberError) else None
     reply = outcome if isinstance(outcome, Reply) else None
-    unsent = "sent" not in body or (isinstance(error, CallError) and error.unsent)
+    unsent = "sent" not in body or "connecting" in body or getattr(error, "unsent", False)
     refused = "headers" not in body and isinstance(error, CallError) and error.status is not None
     usage, cost = reply.usage if reply else Usage(), reply.cost if reply else 0.0
     uncertain = 0.0
     if not (unsent or refused or (reply and cost is not None)) and scope.ledgers and end.price:
-        uncertain = entry.worst or _worst(end, request)
+        uncertain = gate.worst or _worst(end, request)
     counted = reply.usage if reply else Usage() if refused else None
     headers = body.get("headers")
-    entry.leave(
+    gate.leave(
         counted, (cost or 0.0) + uncertain, unsent=unsent, error=error, headers=headers
     )  # fmt: skip
     if scope.ledgers and "sent" in body:
@@ -2300,6 +2343,12 @@ def _shorten(error: BaseException) -> None:
             node = node.tb_next
 
 
+def _shortened(error: BaseException) -> BaseException:
+    """The error, for another place to raise it."""
+    _shorten(error)
+    return error
+
+
 def _async_only(fn: Any, who: str) -> None:
     """TypeError for what is no async function."""
     inner = getattr(fn, "func", fn)  # a partial's
@@ -2319,11 +2368,11 @@ def _decorated(
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
         if checked:  # a wrong call is Python's own TypeError, before anything else is done
             inner(*args, **kwargs).close()
-        path = _context.path.get()
-        enters = names and _context.ledgers.get() and _context.stacked.get() is not wrapper
+        path, stacked = _context.path.get(), _context.stacked.get()
+        enters = names and _context.ledgers.get() and stacked is not wrapper
         if enters:
             _context.path.set((*path, (_new_id(), name)))
-        if enters or _context.stacked.get() is wrapper:
+        if enters or stacked is wrapper:
             _context.stacked.set(fn)
         try:
             return await around(args, kwargs)
@@ -2331,8 +2380,9 @@ def _decorated(
             _shorten(error)
             raise
         finally:
-            if enters:
+            if enters or stacked is wrapper:
                 _context.path.set(path)
+                _context.stacked.set(stacked)
 
     if not hasattr(fn, "__qualname__"):
         wrapper.__name__ = wrapper.__qualname__ = name
@@ -2388,16 +2438,6 @@ def _tenacious(wait: Any) -> Callable[[BaseException, int], float]:
 Fn = Callable[P, Coroutine[Any, Any, R]]
 _Items = Iterable[A] | AsyncIterable[A]
 On = Callable[[BaseException], bool] | type[BaseException] | tuple[type[BaseException], ...]
-
-
-def _is_number(value: Any, least: float) -> bool:
-    """Whether an option is a number, and not too small."""
-    return isinstance(value, int | float) and value >= least
-
-
-def _is_count(value: Any) -> bool:
-    """Whether an option is a whole number from 1 up."""
-    return _is_number(value, 1) and value == int(value)
 
 
 @overload
@@ -2474,20 +2514,20 @@ async def _tried(fn: Any, args: Any, kwargs: Any, rules: _Retrying, on: Sequence
             matches = any(isinstance(error, x) if isinstance(x, type) else x(error) for x in on)
             if not matches or _spent(error, rules.max_attempts, before):
                 raise
-            pause, failure = _backoff(error, number, rules.wait), error
+            failure = error  # those who shared a flight wake together, and share the next one
+            pause = error.__dict__.setdefault("_pause", _backoff(error, number, rules.wait))
         late = pause > rules.deadline - anyio.current_time()
         if late:
             failure.add_note(f"The next attempt is due in {pause:.1f} s: after timeout= of retry.")
         if late or number >= rules.max_attempts:
             mark = "attempts" if isinstance(failure, EmberError) else "_tries"
             failure.__dict__[mark] = number
+            failure.__dict__.pop("_pause", None)
             raise failure
-        places = [held for held in _context.passes.get() if held.admission]
-        for held in places:  # no sleep while a place is held
-            held.taken().end(None, error=failure)
+        places = _give_back(_context.passes.get(), failure)  # no sleep while a place is held
         await anyio.sleep(pause)
-        for held in places:
-            held.admission = await held.limit.admit(0.0)
+        failure.__dict__.pop("_pause", None)
+        await _regain(places)
 
 
 # Canonical forms: texts by which cached answers are found.
@@ -2570,11 +2610,17 @@ def _code_form(code: types.CodeType) -> str:
     return hashlib.sha256(told.encode()).hexdigest()
 
 
+@functools.lru_cache(1024)
+def _own(code: types.CodeType) -> set[str]:
+    """The variables of enclosing functions that a function sets itself."""
+    return {i.argval for i in dis.get_instructions(code) if i.opname == "STORE_DEREF"}
+
+
 def _closure(fn: Any) -> list[tuple[str, Any]]:
     """What a function closes over, but for the variables that it sets itself: they are state."""
     if not fn.__closure__:
         return []
-    state = {i.argval for i in dis.get_instructions(fn.__code__) if i.opname == "STORE_DEREF"}
+    state = _own(fn.__code__)
     cells = zip(fn.__code__.co_freevars, fn.__closure__)
     held: list[tuple[str, Any]] = []
     for name, cell in cells:
@@ -2628,11 +2674,12 @@ class _Question:
             except TypeError:
                 return self.unique
         told = [self.who, _code_form(inner.__code__)]
-        for name, value in _closure(inner) if self.key is None and inner.__closure__ else ():
+        for name, value in _closure(inner):
             held = self.forms.get(name)
             if held is None or held[0] is not value:  # so that a list it appends to stays the same
                 held = self.forms[name] = (value, _form(value, lenient=True))
-            told.append(f"{name}={held[1]}")
+            if self.key is None or _PROCESS not in held[1]:
+                told.append(f"{name}={held[1]}")
         return "\n".join(told)
 
     async def asked(self, args: Any, kwargs: Any) -> str:
@@ -2706,9 +2753,21 @@ def _reader(kind: Any) -> Any:
     return None
 
 
+def _is_json(raw: Any) -> bool:
+    """Whether strict JSON can hold it: a provider may send an infinity among its odds."""
+    try:
+        return bool(json.dumps(raw, allow_nan=False, ensure_ascii=False).encode())
+    except ValueError:
+        return False
+
+
 def _entry(value: Any, adapter: Any, expires: float | None, cost: float, who: str) -> str:
     """A value as it is kept; TypeError if it would not come back equal."""
-    is_reply = isinstance(value, Reply)
+    is_reply = issubclass(type(value), Reply)
+    if is_reply and not _is_json(value.text):
+        return ""  # half a surrogate pair: it is the caller's, and cannot be kept
+    if is_reply and not _is_json(value.raw):
+        value = replace(value, raw=None)
     adapter = adapter or (_reader(Reply[Any]) if is_reply else None)
     try:
         if hasattr(adapter, "dump_json"):
@@ -2847,7 +2906,7 @@ class _Shelf:
         return self.disk
 
 
-_shelves: dict[str, _Shelf] = {}
+_shelves: dict[tuple[int, str], _Shelf] = {}
 
 
 def _shelf() -> _Shelf:
@@ -2857,8 +2916,9 @@ def _shelf() -> _Shelf:
         places = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA", "~")}
         place = os.environ.get("XDG_CACHE_HOME") or places.get(sys.platform, "~/.cache")
         path = os.path.join(place, "ember")
-    path = os.path.expanduser(path)
-    return _shelves.get(path) or _shelves.setdefault(path, _Shelf(path))
+    # By process: a lock that another thread held at a fork stays locked for ever.
+    where = os.getpid(), os.path.expanduser(path)
+    return _shelves.get(where) or _shelves.setdefault(where, _Shelf(where[1]))
 
 
 _background: set[Any] = set()
@@ -2895,7 +2955,7 @@ class _Flight:
                 await ask(self)
         except BaseException as error:
             self.error, self.trace = error, error.__traceback__
-            if not isinstance(error, Exception):
+            if isinstance(error, anyio.get_cancelled_exc_class()):
                 raise
         finally:
             self.done.set()
@@ -2940,7 +3000,8 @@ def cache(
 
     Equal calls at the same time share one. The answer that a caller gets is its own: equal, and
     of the annotated type; a Reply has `.cached=True` and `.cost=0`. Failures are not kept. What
-    the function reads from global variables or from outside is not part of the key.
+    the function reads from global variables, or from within a list or dict that it closes over and
+    that has changed, is not part of the key.
 
     >>> @cache(ttl=3600)
     ... async def capital(country: str) -> str:
@@ -2977,17 +3038,24 @@ class _Cached:
         if self.store is None and (found := _kept(_shelf().get(key), adapter)):
             return self.hit(*found)
         flights = _flights.setdefault(_running_loop(), {})
-        where = (id(self.store), key)
-        flight, leads = flights.get(where), False
+        where = (id(self.store), key, kwargs.get("timeout"))
+        flight, leads, places = flights.get(where), False, list[_Pass]()
         if flight is None or flight.scope.cancel_called:
             flight, leads = _Flight(), True
             flights[where] = flight
             _spawn(flight.fly, functools.partial(self.ask, key, adapter, args, kwargs))
+        else:  # the flight may wait for it
+            places = _give_back(_context.passes.get())
         try:
             await flight.land()
+        except BudgetExceeded:  # the leader's
+            if leads:
+                raise
+            return await self(args, kwargs)
         finally:
             if (flight.done.is_set() or not flight.waiters) and flights.get(where) is flight:
                 del flights[where]
+        await _regain(places)
         if leads and not flight.found:
             return flight.value
         found = _kept(flight.entry, adapter)
@@ -3000,11 +3068,15 @@ class _Cached:
             flight.found = _kept(flight.entry, adapter) is not None
             if flight.found:
                 return
+        if rules := _context.retrying.get():  # a flight has no caller's deadline
+            _context.retrying.set(rules._replace(deadline=_EVER))
         with Ledger() as spent:
             value = await self.fn(*args, **kwargs)
         expires = None if self.ttl is None else time.time() + self.ttl
         entry = _entry(value, adapter, expires, spent.cost, _name(self.fn))
         flight.value, flight.entry = value, entry
+        if not entry:
+            return
         with anyio.move_on_after(5, shield=True):  # what is paid for is kept, though nobody waits
             if self.store is None:
                 first = _shelf().add(key, entry, self.ttl)
@@ -3066,13 +3138,8 @@ def _ungrouped(faults: list[BaseException]) -> Generator[None]:
         yield
     except BaseExceptionGroup as group:
         faults.extend(group.exceptions)
-    _raise_first(faults)
-
-
-def _raise_first(faults: Sequence[BaseException]) -> None:
-    for fault in faults:
-        _shorten(fault)
-        raise fault
+    if faults:
+        raise faults[0]
 
 
 async def _locked(source: AsyncIterator[Any], turn: anyio.Lock) -> AsyncGenerator[Any]:
@@ -3304,6 +3371,7 @@ class Limit:
         self.concurrency, self.rpm, self.tpm = concurrency, rpm, tpm
         self.order = next(_ids)
         self._loop: Any = None
+        self.running = 0
         self._queue: deque[list[anyio.Event]] = deque()
 
     def __reduce__(self) -> Any:
@@ -3414,6 +3482,7 @@ class Limit:
                 raise
             finally:
                 _context.passes.set(passes)
+                own.over = True
                 if admission := own.taken():  # no request has used it
                     admission.end(used if isinstance(used, Usage) else None, error=fault)
 
@@ -3445,8 +3514,8 @@ def limit(
     limit(concurrency=8, rpm=600)
     """
     for name, value in _given(concurrency=concurrency, rpm=rpm, tpm=tpm).items():
-        if not value > 0:
-            raise SetupError(f"limit: {name}={value!r} lets nothing through; use more than 0")
+        if not (_is_count(value) if name == "concurrency" else _is_number(value, 1e-9)):
+            raise SetupError(f"limit: {name}={value!r} is no limit; use a number above 0")
     return Limit(concurrency, rpm, tpm)
 
 
@@ -3556,16 +3625,13 @@ async def as_completed(
     fn: Callable[[Any], Coroutine[Any, Any, Any]], items: _Items[Any], *, limit: int = 64,
     on_error: str = "raise", progress: bool = False,
 ) -> AsyncGenerator[tuple[int, Any]]:
-    """(index, result) for each item as it is done; parameters as in `parallel`.
-
-    About `limit` items and results are held. `contextlib.aclosing` leaves nothing under way.
-    """
+    """(index, result) for each item as it is done, as in `parallel`; about `limit` are held."""
     _many(fn, "as_completed()", limit, on_error)
     done, faults, bar = deque[tuple[int, Any]](), list[BaseException](), _bar(progress, items)
     ready, room, ended, scope = anyio.Event(), anyio.Event(), anyio.Event(), anyio.CancelScope()
 
-    def put(index: int, result: Any) -> Any:
-        done.append((index, result))
+    def put(*pair: Any) -> Any:
+        done.append(pair)
         ready.set()
         return room.wait() if len(done) >= limit else None
 
@@ -3574,9 +3640,9 @@ async def as_completed(
             with scope:
                 await _each(fn, items, limit, put, on_error)
         except BaseException as error:
+            faults.append(error)
             if _told_to_end(error):
                 raise
-            faults.append(error)
         finally:
             ended.set()
             ready.set()
@@ -3591,7 +3657,8 @@ async def as_completed(
                 room = anyio.Event()
                 yield done.popleft()
             ready = ended if ended.is_set() else anyio.Event()
-        _raise_first(faults)
+        if faults:
+            raise _shortened(faults[0])
     finally:
         scope.cancel()
         bar.close()
@@ -3682,7 +3749,7 @@ def graph(
     >>> anyio.run(graph(draft=draft, title=title), "rivers")
     {'draft': 'a text on rivers', 'title': 'A TEXT ON RIVERS'}
     """
-    if limit is not None and limit < 1:
+    if limit is not None and not _is_count(limit):
         raise SetupError(f"graph: limit={limit!r} lets nothing run; use 1 or more, or None")
     wanted = {name: _edges(name, node) for name, node in {**(nodes or {}), **named}.items()}
     needs = {
@@ -3779,10 +3846,14 @@ async def _traversed(
             faults.append(error)
             group.cancel_scope.cancel()
 
-    with _ungrouped(faults):
-        async with anyio.create_task_group() as group:
-            for name in order:
-                group.start_soon(run, name)
+    try:
+        with _ungrouped(faults):
+            async with anyio.create_task_group() as group:
+                for name in order:
+                    group.start_soon(run, name)
+    except BaseException as error:
+        _shorten(error)
+        raise
     return {name: results[name] for name in order}
 
 

@@ -783,7 +783,7 @@ def test_functions_with_equal_texts_of_key_do_not_share(run: Run) -> None:
     assert run(main) == ["one a", "two b", "one a", "two b"]
 
 
-def test_with_key_closure_values_are_no_part_of_it(run: Run) -> None:
+def test_with_key_closure_values_without_a_form_are_no_part_of_it(run: Run) -> None:
     def made(thing: object) -> Any:
         @cache(key=lambda text: text)
         async def classify(text: str) -> str:
@@ -792,9 +792,33 @@ def test_with_key_closure_values_are_no_part_of_it(run: Run) -> None:
         return classify
 
     async def main() -> list[str]:
-        return [await made(object())("a"), await made(object())("a"), await made(3)("a")]
+        things = [object(), object(), "en", "fr"]
+        return [await made(thing)("a") for thing in things]
 
-    assert len(set(run(main))) == 1
+    first, second, english, french = run(main)
+    assert first == second
+    assert len({first, english, french}) == 3
+
+
+@pytest.mark.parametrize(
+    ("raw", "text", "asked"), [({"odds": -float("inf")}, "hi", 1), ({}, "half \ud83d", 2)]
+)
+def test_a_reply_that_strict_json_cannot_hold_is_not_lost(
+    run: Run, raw: Any, text: str, asked: int
+) -> None:
+    runs = list[str]()
+
+    @cache
+    async def classify(prompt: str) -> Reply[str]:
+        runs.append(prompt)
+        return Reply(text, text, cost=1.0, raw=raw)
+
+    async def main() -> list[Reply[str]]:
+        return [await classify("a"), await classify("a")]
+
+    first, second = run(main)
+    assert (first.text, second.text, len(runs)) == (text, text, asked)
+    assert first.raw == raw
 
 
 @pytest.mark.parametrize("key", [3, None, b"text", ["text"]])
