@@ -55,7 +55,7 @@ import zlib
 from collections import deque
 from collections.abc import (
     AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Generator,
-    Iterable, Mapping, Sequence,
+    Hashable, Iterable, Mapping, Sequence,
 )
 from contextlib import AsyncExitStack, aclosing, suppress
 from contextvars import ContextVar, Token, copy_context
@@ -70,9 +70,9 @@ import httpx
 __all__ = [
     "Attempt", "Budget", "BudgetExceeded", "CallError", "EmberError", "Endpoint", "Fn", "Graph",
     "Ledger", "Limit", "Model", "Models", "On", "Price", "Provider", "Reply", "ReplyError",
-    "Request", "Secret", "SetupError", "Stream", "ToolCall", "Usage", "as_completed",
-    "batch", "budget", "cache", "fallback", "gather", "graph", "limit", "model", "models",
-    "parallel", "providers", "retry", "sync", "track", "transient",
+    "Request", "Secret", "SetupError", "Stream", "ToolCall", "Usage", "as_completed", "batch",
+    "budget", "cache", "fallback", "gather", "graph", "limit", "majority_vote", "model",
+    "models", "parallel", "providers", "retry", "sync", "track", "transient",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
@@ -2717,10 +2717,12 @@ class _Question:
         end: Endpoint = self.inner
         call = await _prepared(end, prompt, **end.defaults | given)
         url = end.base_url or os.environ.get(end.provider.url_env) or end.provider.base_url
-        told: list[Any] = [end.provider, url if isinstance(url, str) else ""]
-        told += [end.provider.encode(call.request), dict(call.functions), call.output]
-        told.append(call.max_steps)
-        return self.argument("prompt", told)
+        body = json.dumps(end.provider.encode(call.request))
+        told = f"{_form(end.provider)}\n{url if isinstance(url, str) else ''}\n{body}"
+        if not call.functions and call.output is None:
+            return told
+        around = [dict(call.functions), call.output, call.max_steps]
+        return f"{told}\n{self.argument('tools or output', around)}"
 
 
 # What a cache keeps: a JSON object of expiry, cost, whether it is a Reply, and at last the value.
@@ -3468,7 +3470,8 @@ class Limit:
         async def around(args: Any, kwargs: Any) -> Any:
             passes, own = _context.passes.get(), _Pass(self)
             if not is_model:
-                tokens = len(f"{args}{kwargs}") / 4 if self.tpm else 0.0
+                texts = (*args, *kwargs.values()) if self.tpm else ()
+                tokens = sum([len(text) for text in texts if isinstance(text, str)]) / 4
                 own.admission = await _admission(self, passes, tokens)
             _context.passes.set((*(held for held in passes if held.limit is not self), own))
             used: Any = None
@@ -3961,3 +3964,38 @@ def sync(fn: Callable[P, Coroutine[Any, Any, R]], /) -> Callable[P, R]:
     """
     _async_only(fn, "sync()")
     return _Sync(fn)
+
+
+# ── 10. Ensembles ─── functions made of functions: several answers, and one out of them
+
+
+def _normalised(answer: Any) -> Any:
+    """What answers are compared by: numbers by value, texts but for case, spaces and last stop."""
+    if issubclass(type(answer), Reply):
+        answer = answer.data
+    if type(answer) is str:
+        answer = " ".join(answer.casefold().split()).rstrip(".!").rstrip()
+    if type(answer) in {str, int, float}:
+        with suppress(ValueError, OverflowError):
+            number = float(answer)
+            return number if math.isfinite(number) else str(answer)
+    return answer
+
+
+def majority_vote(answers: Iterable[T], key: Callable[[T], Any] = _normalised) -> T:
+    """The answer that most agree on; of equally many the one that came first.
+
+    key: answers with equal keys agree. By default that is the value of a number and of a reply,
+    and a text without its case, its outer spaces and its last full stop.
+
+    >>> majority_vote(["Rome", "Paris.", " paris"])
+    'Paris.'
+    """
+    votes: dict[Any, list[T]] = {}
+    for answer in answers:
+        vote = key(answer)
+        vote = vote if isinstance(vote, Hashable) and not isinstance(vote, tuple) else _form(vote)
+        votes.setdefault((isinstance(vote, bool), vote), []).append(answer)
+    if not votes:
+        raise SetupError("majority_vote() got no answers; give it one or more")
+    return max(votes.values(), key=len)[0]
