@@ -38,7 +38,7 @@ def on_both(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
         tasks, threads = len(anyio.get_running_tasks()), threading.active_count()
         await test(**arguments)
         await until(lambda: len(anyio.get_running_tasks()) == tasks)
-        assert threading.active_count() == threads
+        assert threading.active_count() <= threads  # an idle worker of trio may have ended
 
     def run(backend: str, **arguments: Any) -> None:
         anyio.run(counted, arguments, backend=backend)
