@@ -79,7 +79,7 @@ def test_a_thousand_calls_use_one_thread_and_one_loop() -> None:
 
     assert [here(x) for x in range(1000)] == list(range(1000))
     assert in_threads(20, lambda x: [here(x) for _ in range(10)]) == [[x] * 10 for x in range(20)]
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
     assert len(homes) == 1
     assert threading.get_ident() not in {thread for thread, _ in homes}
 
