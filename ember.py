@@ -2787,7 +2787,7 @@ def _entry(value: Any, adapter: Any, expires: float | None, cost: float, who: st
     return f'{head[:-1]}, "value": {text}}}'
 
 
-def _kept(entry: Any, adapter: Any) -> tuple[Any, float] | None:
+def _kept(entry: Any, adapter: Any, stale: bool = False) -> tuple[Any, float] | None:
     """The value in an entry, and what it once cost; None where it holds none that is still good."""
     if not isinstance(entry, str | bytes):
         return None
@@ -2795,7 +2795,7 @@ def _kept(entry: Any, adapter: Any) -> tuple[Any, float] | None:
     head, _, body = text.partition(', "value": ')
     try:
         (expires, cost, is_reply), body = json.loads(head + "}").values(), body.rstrip()[:-1]
-        if expires is not None and time.time() >= expires:
+        if expires is not None and time.time() >= expires and not stale:
             return None
         adapter = adapter or (_reader(Reply[Any]) if is_reply else None)
         if hasattr(adapter, "validate_json"):
@@ -3060,7 +3060,7 @@ class _Cached:
         await _regain(places)
         if leads and not flight.found:
             return flight.value
-        found = _kept(flight.entry, adapter)
+        found = _kept(flight.entry, adapter, stale=True)  # a copy, however old
         return self.hit(*found) if found else flight.value
 
     async def ask(self, key: str, adapter: Any, args: Any, kwargs: Any, flight: _Flight) -> None:

@@ -2215,3 +2215,22 @@ def test_a_directory_that_is_removed_while_it_is_used_is_no_failure(directory: P
     asyncio.run(cache_worker.echo("before"))
     shutil.rmtree(directory)
     assert quietly("one", "two", "before") == ["right one", "right two", "right before"]
+
+
+def test_waiters_get_values_of_their_own_though_the_time_is_over(run: Run) -> None:
+    class Slow(dict[str, str]):
+        async def set(self, key: str, text: str) -> None:
+            await anyio.sleep(0.02)
+            self[key] = text
+
+    @cache(ttl=0.001, store=Slow())
+    async def listed(text: str) -> list[str]:
+        await anyio.sleep(0)
+        return [text]
+
+    async def main() -> list[list[str]]:
+        return await ember.gather(*(listed("a") for _ in range(3)))
+
+    answers = run(main)
+    assert answers == [["a"]] * 3
+    assert len({id(answer) for answer in answers}) == 3
