@@ -2549,7 +2549,7 @@ def _form(value: Any, lenient: bool = False, seen: tuple[int, ...] = ()) -> str:
         return f"again:{seen.index(id(value))}"
     parts = _parts(value)
     if parts is None and lenient:
-        return f"{_PROCESS}:{next(_ids)}"
+        return f"{_PROCESS}:{_new_id()}"
     if parts is None:
         raise TypeError(f"{value!r:.80} of type {name} has no canonical form")
     forms = [_form(one, lenient, (*seen, id(value))) for one in parts]
@@ -2662,7 +2662,7 @@ class _Question:
         self.fn, self.key, self.inner = fn, key, _unwrapped(fn)
         self.signature = None if isinstance(self.inner, Endpoint) else inspect.signature(fn)
         self.forms: dict[str, tuple[Any, str]] = {}
-        self.unique = f"{_PROCESS}:{next(_ids)}"
+        self.unique = f"{_PROCESS}:{_new_id()}"
         self.who = f"{_home(fn)}.{getattr(fn, '__qualname__', _name(fn))}"
 
     def about(self) -> str:
@@ -3040,7 +3040,7 @@ class _Cached:
         if self.store is None and (found := _kept(_shelf().get(key), adapter)):
             return self.hit(*found)
         flights = _flights.setdefault(_running_loop(), {})
-        where = (id(self.store), key, kwargs.get("timeout"))
+        where = (id(self.store), key, repr(kwargs.get("timeout")))
         flight, leads, places = flights.get(where), False, list[_Pass]()
         if flight is None or flight.scope.cancel_called:
             flight, leads = _Flight(), True
@@ -3122,7 +3122,7 @@ class _Cached:
     def hit(self, value: Any, saved: float) -> Any:
         """A kept value, which the ledgers hear of."""
         path = _context.path.get()
-        for ledger in _context.ledgers.get():
+        for ledger in _context.scope().ledgers:
             ledger.saves.append((path[-1][1] if path else _name(self.fn), saved))
         return value
 

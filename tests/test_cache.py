@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import contextvars
 import copy
 import dataclasses
 import enum
@@ -2234,3 +2235,44 @@ def test_waiters_get_values_of_their_own_though_the_time_is_over(run: Run) -> No
     answers = run(main)
     assert answers == [["a"]] * 3
     assert len({id(answer) for answer in answers}) == 3
+
+
+def test_a_parameter_called_timeout_may_be_anything(run: Run) -> None:
+    @cache
+    async def timed(text: str, timeout: list[int]) -> str:
+        return f"{text} {timeout}"
+
+    async def main() -> list[str]:
+        return [await timed("a", timeout=[number]) for number in (1, 2, 1)]
+
+    assert run(main) == ["a [1]", "a [2]", "a [1]"]
+
+
+def test_a_ledger_that_was_left_elsewhere_counts_no_hits(run: Run) -> None:
+    @cache
+    async def same(text: str) -> str:
+        return text
+
+    async def main() -> int:
+        ledger = track()
+        ledger.__enter__()
+        contextvars.copy_context().run(ledger.__exit__, None, None, None)
+        for _ in range(2):
+            await same("a")
+        return ledger.hits
+
+    assert run(main) == 0
+
+
+def test_forked_processes_share_no_form_of_what_has_none() -> None:
+    forms = [ember._form(object(), lenient=True)]
+    reader, writer = os.pipe()
+    if not (child := os.fork()):
+        os.write(writer, ember._form(object(), lenient=True).encode())
+        os._exit(0)
+    forms.append(ember._form(object(), lenient=True))
+    os.waitpid(child, 0)
+    forms.append(os.read(reader, 1000).decode())
+    os.close(reader)
+    os.close(writer)
+    assert len(set(forms)) == 3
