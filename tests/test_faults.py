@@ -602,6 +602,7 @@ async def test_an_answer_with_any_part_of_the_wrong_kind_is_a_reply_or_a_typed_e
         for options in ({}, {"tools": [add]}, {"output": int}):
             server.play(Answer(body), wire.good("7"))
             await reply_or_error(functools.partial(model, "hi"), body, **options)
+            assert 1 <= len(server.requests) <= 8  # a tool that is called for ever has its steps
 
 
 async def test_an_answer_of_any_depth_is_a_typed_error(server: Server, connect: Connect) -> None:
@@ -609,7 +610,8 @@ async def test_an_answer_of_any_depth_is_a_typed_error(server: Server, connect: 
     for depth in (50, 400, *range(850, 1000, 3), 5000):  # the parser's limit is near 1,000
         for start, end in (('{"choices": ', "}"), ('{"error": {"message": ', "}}")):
             server.play(Answer(start + "[" * depth + "]" * depth + end))
-            await failure(model)
+            assert isinstance(await failure(model), ember.CallError | ember.ReplyError)
+            assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize(

@@ -564,6 +564,7 @@ async def test_an_event_with_any_part_of_the_wrong_kind_is_a_reply_or_a_typed_er
         for options in ({}, {"tools": [add]}):
             server.play(WIRES[name].stream(events=lines), WIRES[name].stream("done"))
             await reply_or_error(streamed, lines, **options)
+            assert 1 <= len(server.requests) <= 8  # a tool that is called for ever has its steps
 
 
 @pytest.mark.parametrize("fault", TRANSIENT)

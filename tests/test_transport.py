@@ -90,8 +90,9 @@ def test_one_model_works_in_one_loop_after_the_other_and_leaves_no_connection(
 
 def test_one_model_works_on_both_event_loops_in_turn(server: Server, connect: Connect) -> None:
     model = connect(OPENAI)
-    for run in (run_asyncio, trio.run, run_asyncio, trio.run):
+    for number, run in enumerate((run_asyncio, trio.run, run_asyncio, trio.run), 1):
         run(work, model, server)
+        assert server.opened >= number  # a loop does not use another one's connections
     gc.collect()
 
 
@@ -777,5 +778,6 @@ def test_trio_closes_every_idle_connection_at_the_end_of_a_run(
     try:
         trio.run(main)
         anyio.run(until, lambda: server.open == 0)
+        assert (server.opened, server.open) == (5, 0)
     finally:
         gc.enable()
