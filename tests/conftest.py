@@ -2,15 +2,28 @@
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
+import anyio
 import pytest
 from server import WIRES, Server, Wire, serving
 
 import ember
 
 Connect = Callable[..., ember.Model]
+Run = Callable[[Callable[[], Awaitable[Any]]], Any]
+
+
+def failing(run: Run, call: Callable[[], Awaitable[Any]]) -> Exception:
+    """What the call raises, in bounded time."""
+
+    async def main() -> Exception:
+        with anyio.fail_after(15), pytest.raises(Exception) as caught:
+            await call()
+        return caught.value
+
+    return run(main)
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,7 @@ import anyio.lowlevel
 import cache_worker
 import httpx
 import pytest
-from conftest import Connect
+from conftest import Connect, Run, failing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
@@ -53,7 +53,6 @@ OPENAI = WIRES["openai"]
 WORKER = Path(cache_worker.__file__)
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(8)
 
-Run = Callable[[Callable[[], Awaitable[Any]]], Any]
 
 
 @pytest.fixture(autouse=True)
@@ -95,17 +94,6 @@ def numbered() -> Callable[[Seen], Answer]:
     """A script that gives each request another answer."""
     numbers = itertools.count(1)
     return lambda seen: OPENAI.good(f"answer {next(numbers)}")
-
-
-def failing(run: Run, call: Callable[[], Awaitable[Any]]) -> Exception:
-    """What the call raises, in bounded time."""
-
-    async def main() -> Exception:
-        with anyio.fail_after(15), pytest.raises(Exception) as caught:
-            await call()
-        return caught.value
-
-    return run(main)
 
 
 async def together(count: int, call: Callable[[], Awaitable[Any]]) -> list[Any]:

@@ -69,6 +69,18 @@ class Watch:
             self.ended.append(item)
 
 
+def hanging(watch: Watch) -> Callable[[int], Awaitable[int]]:
+    """A watched function that ends for 0 only."""
+
+    async def forever(x: int) -> int:
+        with watch(x):
+            if x:
+                await anyio.sleep_forever()
+            return x
+
+    return forever
+
+
 async def double(x: int) -> int:
     """Twice x."""
     await anyio.lowlevel.checkpoint()
@@ -389,11 +401,7 @@ async def test_as_completed_that_is_never_read_does_nothing() -> None:
 async def test_leaving_as_completed_early_cancels_and_awaits_what_runs() -> None:
     watch = Watch()
 
-    async def forever(x: int) -> int:
-        with watch(x):
-            if x:
-                await anyio.sleep_forever()
-            return x
+    forever = hanging(watch)
 
     async with aclosing(as_completed(forever, range(50), limit=8)) as results:
         async for index, _ in results:
@@ -408,11 +416,7 @@ async def test_leaving_as_completed_early_cancels_and_awaits_what_runs() -> None
 async def test_a_break_out_of_as_completed_leaves_no_call_running() -> None:
     watch = Watch()
 
-    async def forever(x: int) -> int:
-        with watch(x):
-            if x:
-                await anyio.sleep_forever()
-            return x
+    forever = hanging(watch)
 
     async for index, _ in as_completed(forever, range(50), limit=8):
         assert index == 0

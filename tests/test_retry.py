@@ -15,7 +15,7 @@ import anyio.lowlevel
 import httpx
 import pytest
 import tenacity
-from conftest import Connect
+from conftest import Connect, Run, failing
 from server import WIRES, Answer, Seen, Server, until
 from tenacity import wait as waits
 
@@ -27,7 +27,6 @@ pytestmark = pytest.mark.usefixtures("no_backoff")
 OPENAI = WIRES["openai"]
 BUSY = Answer(OPENAI.problem("server_error", "try another day"), status=503)
 
-Run = Callable[[Callable[[], Awaitable[Any]]], Any]
 Ask = Callable[..., Awaitable[Any]]
 
 
@@ -97,17 +96,6 @@ SHAPES = {"function": decorated_function, "method": decorated_method, "model": d
 def shape(request: pytest.FixtureRequest) -> Callable[[Model, Any], Ask]:
     """Each thing that can be decorated: `shape(model, retry)`."""
     return SHAPES[request.param]
-
-
-def failing(run: Run, call: Callable[[], Awaitable[Any]]) -> Exception:
-    """What the call raises, in bounded time."""
-
-    async def main() -> Exception:
-        with anyio.fail_after(15), pytest.raises(Exception) as caught:
-            await call()
-        return caught.value
-
-    return run(main)
 
 
 # ── Counts ───
