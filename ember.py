@@ -3718,7 +3718,9 @@ async def as_completed(
             await ended.wait()
 
 
-def _combined(who: str, like: Any, run: Callable[[Any, Any], Any], shape: Any = R) -> Any:
+def _combined(
+    who: str, like: Any, run: Callable[[Any, Any], Coroutine[Any, Any, R]], shape: Any = R
+) -> Callable[..., Coroutine[Any, Any, R]]:
     """An async function with the parameters of `like` that does `run(args, kwargs)`.
 
     To a cache it is another function than `like`. `shape`: what it returns where `like` returns R.
@@ -3729,13 +3731,13 @@ def _combined(who: str, like: Any, run: Callable[[Any, Any], Any], shape: Any = 
         return await run(args, kwargs)
 
     functools.update_wrapper(combined, like)
-    combined.__name__ = combined.__qualname__ = who
+    combined.__name__, combined.__qualname__ = who.rpartition(".")[2], who
     combined.__annotations__ = {"return": shape}
     signature, kind = inspect.signature(like), _annotation(combined, {})
     known = shape is R or kind is None
     made: Any = combined
     made.__signature__ = signature if known else signature.replace(return_annotation=kind)
-    return _decorated(combined, f"{who}()", run)
+    return _decorated(made, f"{who}()", run)  # type: ignore[no-any-return]
 
 
 async def _awaited(result: Any) -> Any:
@@ -3754,7 +3756,7 @@ def _noted(failures: Sequence[tuple[Any, BaseException]]) -> BaseException:
 
 def _in_turn(
     who: str, fns: Sequence[Any], accept: Callable[[Any], Any], fatal: tuple[type[Exception], ...]
-) -> Any:
+) -> Callable[..., Coroutine[Any, Any, Any]]:
     """An async function that asks one after the other, until an answer is accepted, or the last."""
     for fn in fns:
         _async_only(fn, f"{who}()")
@@ -3764,12 +3766,13 @@ def _in_turn(
         for place, fn in enumerate(fns):
             try:
                 answer = await fn(*args, **kwargs)
-                if place == last or await _awaited(accept(answer)):
-                    return answer
             except fatal:
                 raise
             except Exception as error:
                 failures.append((fn, error))
+                continue
+            if place == last or await _awaited(accept(answer)):
+                return answer
         raise _noted(failures)
 
     return _combined(who, fns[0], run)
@@ -3783,8 +3786,7 @@ def fallback(first: Fn[P, R], /, *others: Fn[P, R]) -> Fn[P, R]:
 
     >>> answer = fallback(models.gpt4, models.claude, models.local)
     """
-    made: Fn[P, R] = _in_turn("fallback", (first, *others), lambda answer: True, (BudgetExceeded,))
-    return made
+    return _in_turn("fallback", (first, *others), lambda answer: True, (BudgetExceeded,))
 
 
 class Graph(Protocol):
@@ -4091,8 +4093,8 @@ async def _polled(
                 started = max(started, aim)
                 await came.wait()
                 came = anyio.Event()
-                if failures and isinstance(failures[-1][1], SetupError):
-                    raise failures[-1][1]
+                if fatal := [error for _, error in failures if isinstance(error, SetupError)]:
+                    raise fatal[0]
                 if len(fns) - len(failures) < quorum:
                     raise _noted(failures)
     return answers
@@ -4117,8 +4119,7 @@ def ensemble(*fns: Fn[P, R], n: int = 1, quorum: int = 1) -> Fn[P, list[R]]:
         answers = await _polled(slots, args, kwargs, quorum, lambda _, left: left)
         return [answers[number] for number in sorted(answers)]
 
-    made: Fn[P, list[R]] = _combined("ensemble", fns[0], run, list[R])
-    return made
+    return _combined("ensemble", fns[0], run, list[R])
 
 
 def _normalised(answer: Any) -> Any:
@@ -4210,8 +4211,7 @@ def consensus(
         share = max(counts.values()) / len(answers)
         return Consensus(majority_vote(answers, key), share, counts)
 
-    made: Fn[P, Consensus[R]] = _combined("consensus", fn, run, Consensus[R])
-    return made
+    return _combined("consensus", fn, run, Consensus[R])
 
 
 def best_of(fn: Fn[P, R], n: int, score: Callable[[R], Any]) -> Fn[P, R]:
@@ -4236,22 +4236,20 @@ def best_of(fn: Fn[P, R], n: int, score: Callable[[R], Any]) -> Fn[P, R]:
         marked = await _polled([scored] * n, args, kwargs, 1, lambda _, left: left)
         return max((marked[number] for number in sorted(marked)), key=lambda pair: pair[0])[1]
 
-    made: Fn[P, R] = _combined("best_of", fn, run)
-    return made
+    return _combined("best_of", fn, run)
 
 
 def cascade(*fns: Fn[P, R], accept: Callable[[R], Any]) -> Fn[P, R]:
     """An async function that asks one after the other, cheap first, until an answer is accepted.
 
-    accept: a predicate of the answer, async or not; the last answer is returned without it. One
-    that fails counts as not accepted; if it is the last, its error is raised.
+    accept: a predicate of the answer, async or not; the last answer is returned without it. A
+    function that fails is passed over; if it is the last, its error is raised.
 
     >>> careful = cascade(models.gpt5_mini, models.gpt5, accept=lambda reply: "?" not in reply.text)
     """
     if not callable(accept):
         raise SetupError(f"cascade: accept={accept!r:.80} must be a predicate of an answer")
-    made: Fn[P, R] = _in_turn("cascade", fns or (None,), accept, (BudgetExceeded, SetupError))
-    return made
+    return _in_turn("cascade", fns or (None,), accept, (BudgetExceeded, SetupError))
 
 
 # Asking any async function for a value: what a prompt says, and what comes back.
@@ -4262,35 +4260,27 @@ def _is_reply(value: Any) -> TypeGuard[Reply[Any]]:
 
 
 def _data(value: Any) -> Any:
-    """A value with the texts of replies in their place."""
+    """A value with what replies say in their place."""
     if _is_reply(value):
-        return value.text
+        return value.data
     if _is_dict(value):
         return {name: _data(one) for name, one in value.items()}
     return [*map(_data, value)] if type(value) in {list, tuple} else value
 
 
-def _json(value: Any) -> str:
-    """A value as JSON."""
-    import pydantic_core
-
-    if type(value) is not str:
-        value = pydantic_core.to_jsonable_python(_data(value), fallback=str)
-    return json.dumps(value, ensure_ascii=False)
-
-
 def _shown(value: Any) -> str:
     """A value as a prompt says it: a text as it is, all else as JSON."""
-    value = _data(value)
-    if type(value) is str:
+    if type(value := _data(value)) is str:
         return value
-    told = _json(value)
-    return str(json.loads(told)) if told[0] == '"' else told
+    import pydantic_core
+
+    plain = pydantic_core.to_jsonable_python(value, fallback=str)
+    return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
 
 
 def _quoted(value: Any) -> str:
     """A value as a JSON text, within which nothing can be taken for a part of the prompt."""
-    return _json(_shown(value))
+    return json.dumps(_shown(value), ensure_ascii=False)
 
 
 def _takes(fn: Any, name: str) -> bool:
@@ -4322,10 +4312,12 @@ async def _value(model: Any, prompt: str, output: Any, **options: Any) -> Any:
     raise ReplyError(f"{what}. The last one: {problem}", raw=text)
 
 
-def _itself(fn: Any) -> Any:
+def _itself(fn: Callable[P, Coroutine[Any, Any, R]]) -> Fn[P, R]:
     """An async function of Ember's own, that messages and ledgers know by its short name."""
-    fn.__qualname__ = fn.__name__
-    return _decorated(fn, f"{fn.__name__}()", lambda args, kwargs: fn(*args, **kwargs))
+    inner: Any = fn
+    inner.__qualname__ = inner.__name__
+    made: Fn[P, R] = _decorated(fn, inner.__name__, lambda args, kwargs: inner(*args, **kwargs))
+    return made
 
 
 def _texts(who: str, answers: Sequence[Any]) -> list[str]:
@@ -4409,8 +4401,7 @@ def judge(
         places = [texts.index(text) + 1 for text in shown]
         return Verdict(given[index], index, scores, _relabelled(said.reason, places))
 
-    made: Callable[[object, Iterable[T]], Coroutine[Any, Any, Verdict[T]]] = _itself(judge)
-    return made
+    return _itself(judge)
 
 
 def synthesize(
@@ -4434,8 +4425,7 @@ def synthesize(
             f"question: {_quoted(question)}\n{listed}"
         )
 
-    made: Callable[[object, Iterable[object]], Coroutine[Any, Any, R]] = _itself(synthesize)
-    return made
+    return _itself(synthesize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -4475,8 +4465,7 @@ def verify(
         corrected = not said.ok and said.correction.strip()
         return Verification(said.ok, said.reason, said.correction if corrected else answer)
 
-    made: Callable[[object, T], Coroutine[Any, Any, Verification[T]]] = _itself(verify)
-    return made
+    return _itself(verify)
 
 
 def _satisfied(critique: Any) -> bool:
@@ -4515,16 +4504,15 @@ def refine(
             )
         return answer
 
-    made: Callable[[object], Coroutine[Any, Any, R]] = _itself(refine)
-    return made
+    return _itself(refine)
 
 
 # ── 11. Prompts ─── a prompt is a typed function: a docstring, or one line, and a model
 
 
-def _template(fn: Any, names: Sequence[str]) -> list[tuple[str, str | None]]:
-    """A docstring in pieces: a text, and the parameter that stands behind it."""
-    who = f"prompt: {_name(fn)}()"
+def _template(fn: Any) -> list[tuple[str, str | None]]:
+    """A docstring in pieces: a text, and the parameter whose value stands behind it."""
+    who, names = f"prompt: {_name(fn)}()", [*inspect.signature(fn).parameters]
     if not (text := inspect.cleandoc(fn.__doc__ or "")):
         raise SetupError(f"{who} has no docstring. It is the prompt: write it")
     pieces: list[tuple[str, str | None]] = []
@@ -4532,20 +4520,20 @@ def _template(fn: Any, names: Sequence[str]) -> list[tuple[str, str | None]]:
         for before, name, how, conversion in string.Formatter().parse(text):
             pieces.append((before, name))
             if name is not None and (how or conversion or not name.isidentifier()):
-                raise ValueError(f"{{{name}}} is more than the name of a parameter")
+                raise ValueError(f"{{{name}}} is more than the name of a parameter.")
             if name is not None and name not in names:
                 near = difflib.get_close_matches(name, [*names, "{{"], 1, 0)
-                raise ValueError(f"{{{name}}} is no parameter. Did you mean {near[0]!r}?")
+                raise ValueError(f"{{{name}}} is no parameter, did you mean {near[0]!r}?")
     except ValueError as error:
-        how = "A value's place is {name}, a brace is {{ or }}"
-        raise SetupError(f"{who} has a wrong docstring: {error} {how}") from None
-    placed = {name for _, name in pieces}
-    if unused := [name for name in names if name not in placed | {"self", "cls"}]:
+        how = "{name} is a parameter's place, {{ and }} are braces"
+        raise SetupError(f"{who}: in the docstring {error} Write it so: {how}") from None
+    used = {"self", "cls", *(name for _, name in pieces)}
+    if unused := [name for name in names if name not in used]:
         raise SetupError(f"{who} has no {{{unused[0]}}} in its docstring. Write it, or drop it")
     return pieces
 
 
-def _checker(parameter: inspect.Parameter, kind: Any) -> Callable[[str, Any], Any]:
+def _checked(who: str, parameter: inspect.Parameter, kind: Any) -> Callable[[Any], Any]:
     """A function of an argument that returns it as its annotation wants it, or raises TypeError."""
     import pydantic
 
@@ -4555,8 +4543,9 @@ def _checker(parameter: inspect.Parameter, kind: Any) -> Callable[[str, Any], An
     with suppress(pydantic.errors.PydanticUserError):
         adapter = pydantic.TypeAdapter(many.get(parameter.kind, kind))
 
-    def check(who: str, value: Any) -> Any:
-        value = value.text if _is_reply(value) and not takes_reply else value
+    def check(value: Any) -> Any:
+        if _is_reply(value) and not takes_reply:
+            value = value.text if kind is str else value.data
         try:
             return adapter.validate_python(value) if adapter else value
         except pydantic.ValidationError as error:
@@ -4564,6 +4553,34 @@ def _checker(parameter: inspect.Parameter, kind: Any) -> Callable[[str, Any], An
             raise TypeError(f"{who}: argument {name}={value!r:.200}: {problem}") from None
 
     return check
+
+
+@functools.lru_cache(1024)
+def _checks(fn: Any) -> tuple[dict[str, Callable[[Any], Any]], Any]:
+    """What checks each parameter of a function, and the type of what it returns."""
+    who, parameters = f"{_name(fn)}()", inspect.signature(fn).parameters.values()
+    try:
+        kinds = _hints(fn)
+    except (NameError, TypeError, AttributeError) as error:
+        how = "Define its types where the module can see them"
+        raise SetupError(f"prompt: {who}: {error}. {how}") from None
+    checks = {p.name: _checked(who, p, kinds.get(p.name, Any)) for p in parameters}
+    return checks, kinds.get("return")
+
+
+async def _prompted(fn: Any, model: Any, args: Any, kwargs: Any) -> Any:
+    """The model's answer to a docstring with arguments in it: a text, a Reply, or typed data."""
+    bound, (checks, kind) = inspect.signature(fn).bind(*args, **kwargs), _checks(fn)
+    bound.apply_defaults()
+    shown = {name: _shown(checks[name](value)) for name, value in bound.arguments.items()}
+    text = "".join(f"{before}{shown[name] if name else ''}" for before, name in _template(fn))
+    if kind in (str, None):
+        result = await model(text)
+        return result.text if _is_reply(result) else result
+    if (typing.get_origin(kind) or kind) is Reply:
+        output = typing.get_args(kind) or (str,)
+        return await (model(text) if output[0] is str else model(text, output=output[0]))
+    return await _value(model, text, kind)
 
 
 def prompt(
@@ -4582,53 +4599,19 @@ def prompt(
     """
     _async_only(model, "prompt()")
 
-    def decorate(fn: Any) -> Any:
+    def decorate(fn: Callable[P, Coroutine[Any, Any, R]]) -> Fn[P, R]:
         _async_only(fn, "prompt()")
-        signature, who = inspect.signature(fn), f"{_name(fn)}()"
-        pieces = _template(fn, [*signature.parameters])
-
-        @functools.cache
-        def checks() -> tuple[dict[str, Callable[[str, Any], Any]], Any]:
-            try:
-                kinds = _hints(fn)
-            except (NameError, TypeError, AttributeError) as error:
-                how = "Define its types where the module can see them"
-                raise SetupError(f"prompt: {who}: {error}. {how}") from None
-            parameters = signature.parameters.values()
-            each = {p.name: _checker(p, kinds.get(p.name, Any)) for p in parameters}
-            return each, kinds.get("return", str)
-
-        async def run(args: Any, kwargs: Any) -> Any:
-            bound, (each, kind) = signature.bind(*args, **kwargs), checks()
-            bound.apply_defaults()
-            shown = {name: _shown(each[name](who, one)) for name, one in bound.arguments.items()}
-            texts = [f"{text}{shown[name] if name else ''}" for text, name in pieces]
-            return await _answered(model, "".join(texts), kind)
-
-        return _combined(_name(fn), fn, run)
+        _template(fn)  # its faults are told now
+        return _combined(_name(fn), fn, functools.partial(_prompted, fn, model))
 
     return decorate
 
 
-async def _answered(model: Any, prompt: str, kind: Any, **options: Any) -> Any:
-    """A model's answer as a value of a type: a text, a whole Reply, or what pydantic reads."""
-    if kind in (str, None, Reply, Reply[str]):
-        result = await model(prompt, **options)
-        return result.text if _is_reply(result) and kind in (str, None) else result
-    if typing.get_origin(kind) is Reply:
-        return await model(prompt, output=typing.get_args(kind)[0], **options)
-    return await _value(model, prompt, kind, **options)
-
-
 # One line: "question, context -> answer: str, confidence: float".
-
-_TYPES: JSON = {name: one for name, one in vars(builtins).items() if inspect.isclass(one)} | {
-    name: getattr(typing, name) for name in dir(typing) if name[0].isupper()
-}
 
 
 def _side(signature: str, side: str, default: Any) -> dict[str, Any]:
-    """The names and types on one side of a signature."""
+    """The names and types on one side of a signature; those of builtins and typing are known."""
     who = f"predict: {signature!r:.200}"
     try:
         [function] = typing.cast(Any, ast.parse(f"def side(\n{side}\n): 0").body)
@@ -4642,9 +4625,10 @@ def _side(signature: str, side: str, default: Any) -> dict[str, Any]:
     kinds: Any = types.SimpleNamespace()
     kinds.__annotations__ = {n: ast.unparse(one) for n, one in names.items() if one}
     try:
-        hints = typing.get_type_hints(kinds, {**_TYPES}, include_extras=True)
+        hints = typing.get_type_hints(kinds, {**vars(typing)}, include_extras=True)
     except NameError as error:
-        near = difflib.get_close_matches(error.name or "", [*_TYPES], 1, 0)
+        known = [*dir(builtins), *typing.__dict__["__all__"]]
+        near = difflib.get_close_matches(error.name or "", known, 1, 0)
         raise SetupError(f"{who}: no type {error.name!r}. Did you mean {near[0]!r}?") from None
     except Exception as error:
         raise SetupError(f"{who}: a type is wrong: {error}. Write it as in Python") from None
@@ -4652,19 +4636,30 @@ def _side(signature: str, side: str, default: Any) -> dict[str, Any]:
 
 
 @functools.cache
+def _inputs(signature: str) -> tuple[inspect.Signature, dict[str, Callable[[Any], Any]]]:
+    """The left side of a signature, as a function's parameters and what checks them."""
+    kinds = _side(signature, signature.partition("->")[0], Any)
+    place = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, place, annotation=one) for name, one in kinds.items()]
+    checks = {p.name: _checked("predict()", p, p.annotation) for p in parameters}
+    return inspect.Signature(parameters), checks
+
+
+@functools.cache
 def _prediction(signature: str, reasoning: bool) -> Any:
     """The type of the answers to a signature: its outputs, after the reasoning."""
-    _, arrow, right = signature.partition("->")
+    left, arrow, right = signature.partition("->")
     if not arrow:
         how = 'Write "question -> answer"'
         raise SetupError(f"predict: {signature!r:.200} has no arrow to its outputs. {how}")
     outputs = _side(signature, right, str)
-    if reasoning and "reasoning" in outputs:
-        raise SetupError(f"predict: {signature!r:.200} has a reasoning; leave out reasoning=True")
+    taken = [*_side(signature, left, Any), *(["reasoning"] if reasoning else [])]
+    if twice := outputs.keys() & {*taken}:
+        raise SetupError(f"predict: {signature!r:.200} has {min(twice)!r} twice. Rename one")
 
     def text(self: Any) -> str:
         told = {name: getattr(self, name) for name in outputs}
-        return _shown(told if len(told) > 1 else next(iter(told.values())))
+        return _shown(told if len(told) > 1 else told.popitem()[1])
 
     def reduced(self: Any) -> Any:
         values = [getattr(self, one.name) for one in dataclasses.fields(self)]
@@ -4681,18 +4676,15 @@ def _predicted(signature: str, reasoning: bool, *values: Any) -> Any:
     return _prediction(signature, reasoning)(*values)
 
 
-def _demo(who: str, demo: Any, inputs: Sequence[str], outputs: Sequence[str]) -> str:
+def _demo(demo: Any, inputs: Sequence[str], outputs: Sequence[str]) -> str:
     """An example as a prompt shows it."""
     held: JSON = {**(demo if _is_dict(demo) else vars(demo))}
     names = [*inputs, *outputs]
-    for name in [*held, *(name for name in names if name not in {*held, "reasoning"})]:
-        if name not in names or name not in held:
-            near = difflib.get_close_matches(name, names, 1, 0)
-            odd = f"has no use for {name!r}, only for {near[0]!r} and the like"
-            what = odd if name in held else f"lacks {name!r}"
-            raise SetupError(f"{who}: the demo {held!r:.200} {what}")
+    if odd := sorted({*held} ^ {*names} - ({"reasoning"} - {*held})):
+        what = "lacks" if odd[0] in names else "has a name that is in no place:"
+        raise SetupError(f"predict: the demo {held!r:.200} {what} {odd[0]!r}. Give {names}")
     sides = [{name: held[name] for name in side if name in held} for side in (inputs, outputs)]
-    return "Example:\n{}\n{}\n\n".format(*map(_json, sides))
+    return "Example:\n{}\n{}\n\n".format(*map(_shown, sides))
 
 
 def predict(
@@ -4709,28 +4701,21 @@ def predict(
     >>> answer = predict("question -> answer, confidence: float", model=models.gpt4)
     """
     _async_only(model, "predict()")
-    kind = _prediction(signature, reasoning)
-    inputs, outputs = _side(signature, signature.partition("->")[0], Any), kind.__annotations__
-    if twice := inputs.keys() & outputs.keys():
-        raise SetupError(f"predict: {signature!r:.200} has {min(twice)!r} twice. Rename one")
     if tools and not _takes(model, "tools"):
-        raise SetupError(f"predict: {_name(model)}() takes no tools=; give a model that does")
-    who, places = "predict()", inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter(n, places, annotation=one) for n, one in inputs.items()]
-    taken = inspect.Signature(parameters, return_annotation=kind)
-    examples = "".join(_demo(who, demo, [*inputs], [*outputs]) for demo in demos)
-    lead = f"From a JSON object with {', '.join(inputs)} make one with {', '.join(outputs)}."
-    options = {"tools": tools} if tools else {}
-
-    @functools.cache
-    def checks() -> dict[str, Callable[[str, Any], Any]]:
-        return {p.name: _checker(p, p.annotation) for p in parameters}
+        raise SetupError(f"predict: {_name(model)}() takes no tools=. Give a model that does")
+    kind = _prediction(signature, reasoning)
+    inputs, outputs = [*_inputs(signature)[1]], [*kind.__annotations__]
+    lead = f"From a JSON object with {', '.join(inputs)} make one with {', '.join(outputs)}.\n\n"
+    lead += "".join(_demo(demo, inputs, outputs) for demo in demos)
+    options = {"tools": [*tools]} if tools else {}
 
     async def predict(*args: Any, **kwargs: Any) -> Any:
-        bound = _bound(who, taken, args, kwargs)
-        given = _json({name: checks()[name](who, value) for name, value in bound.items()})
-        return await _value(model, f"{lead}\n\n{examples}{given}", kind, **options)
+        parameters, checks = _inputs(signature)
+        given = _bound("predict()", parameters, args, kwargs)
+        told = _shown({name: checks[name](value) for name, value in given.items()})
+        return await _value(model, lead + told, kind, **options)
 
     made: Any = predict
-    made.__signature__, made.__annotations__ = taken, {"return": kind}
-    return _itself(predict)  # type: ignore[no-any-return]
+    made.__annotations__ = {"return": kind}
+    made.__signature__ = _inputs(signature)[0].replace(return_annotation=kind)
+    return _itself(predict)
