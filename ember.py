@@ -58,7 +58,7 @@ import zlib
 from collections import deque
 from collections.abc import (
     AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Generator,
-    Hashable, Iterable, Mapping, Sequence,
+    Iterable, Mapping, Sequence,
 )
 from contextlib import AsyncExitStack, aclosing, suppress
 from contextvars import ContextVar, Token, copy_context
@@ -741,8 +741,10 @@ def _strict(node: Any) -> JSON:
     Objects are closed, each property is required, and what not every provider has a keyword for
     goes into the description: pydantic checks it on the way back.
     """
-    if "$ref" in node:
-        return {"$ref": node["$ref"]}
+    if "$ref" in node:  # nothing may stand beside it
+        ref = {"$ref": node["$ref"]}
+        told = node.get("description")
+        return {"anyOf": [ref], "description": told} if told else ref
     kind, choices = node.get("type"), node.get("anyOf") or node.get("oneOf")
     is_open = kind == "object" and node.get("additionalProperties", "properties" not in node)
     is_tuple = kind == "array" and "items" not in node
@@ -1501,19 +1503,29 @@ def _describe(kind: Any, schema: JSON, defs: JSON) -> None:
     todo, seen = [(kind, schema)], list[Any]()
     for one, node in todo:
         if texts := [text for text in getattr(one, "__metadata__", ()) if isinstance(text, str)]:
-            node.setdefault("description", texts[0])
-        todo += [(inner, node if hasattr(one, "__metadata__") else {}) for inner in _args(one)]
+            node["description"] = texts[0]
+        if hasattr(one, "__metadata__"):
+            todo.append((one.__origin__, node))
+            continue
+        node = defs.get(node.get("$ref", "").removeprefix("#/$defs/"), node)
+        inner = [node.get("items"), node.get("additionalProperties"), *node.get("prefixItems", ())]
+        inner = [part for part in [*inner, *node.get("anyOf", ())] if _is_dict(part)]
+        todo += zip(reversed(typing.get_args(one)), reversed(inner))
         if (isinstance(one, type) or inspect.isroutine(one)) and one not in seen:
             seen.append(one)
-            properties = defs.get(one.__name__, node).get("properties", {})
-            with suppress(NameError, TypeError, AttributeError):
-                hints = typing.get_type_hints(one, include_extras=True)
-                todo += [(hint, properties.get(name, {})) for name, hint in hints.items()]
+            properties = node.get("properties", {})
+            todo += [(hint, properties.get(name, {})) for name, hint in _members(one).items()]
 
 
-def _args(kind: Any) -> Sequence[Any]:
-    """The types within a type: what stands in brackets, of an `Annotated` without its texts."""
-    return [kind.__origin__] if hasattr(kind, "__metadata__") else typing.get_args(kind)
+def _members(kind: Any) -> JSON:
+    """The types of a class's fields, or of a function's parameters, by their names in JSON."""
+    fields: JSON = getattr(kind, "__pydantic_fields__", {})
+    if not dataclasses.is_dataclass(kind) and fields:
+        return {f.alias or name: typing.Annotated[f.annotation, *f.metadata, None]
+                for name, f in fields.items()}  # fmt: skip
+    with suppress(NameError, TypeError, AttributeError):
+        return typing.get_type_hints(kind, include_extras=True)
+    return {}
 
 
 @functools.lru_cache(256)
@@ -1528,7 +1540,7 @@ def _adapter(output: Any) -> tuple[Any, JSON, bool]:
     try:
         adapter: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(output)
         schema = adapter.json_schema()
-    except (pydantic.errors.PydanticUserError, pydantic_core.SchemaError) as error:
+    except (pydantic.errors.PydanticUserError, pydantic_core.SchemaError, TypeError) as error:
         problem = str(error).partition("\n")[0]
         raise SetupError(f"output={output!r} is no type pydantic can ask for: {problem}") from None
     _describe(output, schema, schema.get("$defs", {}))
@@ -2622,12 +2634,15 @@ def _parts(value: Any) -> Iterable[Any] | None:
         return value.func, value.args, value.keywords
     if inspect.ismethod(value):
         return value.__func__, value.__self__
-    if inspect.isfunction(fn := _unwrapped(value)):
+    if (fn := _unwrapped(value)) is not value:
+        return (fn,)
+    if inspect.isfunction(fn):
         held = [fn.__defaults__, fn.__kwdefaults__, *_closure(fn)]
         return [_home(fn), fn.__qualname__, _code_form(fn.__code__), *held]
     if inspect.ismodule(value):
         return (value.__name__,)
-    if isinstance(value, type) or hasattr(value, "__origin__") or inspect.isbuiltin(value):
+    is_type = isinstance(value, type | types.UnionType) or hasattr(value, "__origin__")
+    if is_type or inspect.isbuiltin(value):
         return (_type_form(value),)
     return None
 
@@ -2768,6 +2783,10 @@ class _Question:
 # What a cache keeps: a JSON object of expiry, cost, whether it is a Reply, and at last the value.
 
 
+# The generic types of what functions made of others return.
+_shapes: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
 def _annotation(fn: Any, kwargs: JSON) -> Any:
     """The type that a call returns; None where it is not known."""
     inner = _unwrapped(fn)
@@ -2775,20 +2794,20 @@ def _annotation(fn: Any, kwargs: JSON) -> Any:
         generic: Any = Reply
         return generic[(inner.defaults | kwargs).get("output") or str]
     if _is_own(inner, "combined"):
-        kind, shape = _annotation(inner.__wrapped__, kwargs), inner.__annotations__["return"]
-        return kind if kind is None or shape is R else shape[kind]
+        kind, shape = _annotation(inner.__wrapped__, kwargs), _shapes.get(inner)
+        return shape[Any if kind is None else kind] if shape else kind
     inner = getattr(inner, "func", inner)
     function = inner if inspect.isroutine(inner) else type(inner).__call__
     try:
-        kind = _hints(function).get("return")
+        kind = _hints(function, {}).get("return")
     except (NameError, TypeError, AttributeError):
         return None
     return None if kind is Any else kind
 
 
-def _hints(function: Any) -> JSON:
-    """The types of a function's parameters and result, by name."""
-    known = dict(_closure(function)) if inspect.isfunction(function) else None
+def _hints(function: Any, around: Mapping[str, Any]) -> JSON:
+    """The types of a function's parameters and result; `around`: names where it is defined."""
+    known = {**around, **dict(_closure(function) if inspect.isfunction(function) else ())}
     return typing.get_type_hints(function, localns=known, include_extras=True)
 
 
@@ -3522,7 +3541,9 @@ class Limit:
                 texts = (*args, *kwargs.values()) if self.tpm else ()
                 tokens = sum([len(text) for text in texts if isinstance(text, str)]) / 4
                 own.admission = await _admission(self, passes, tokens)
-            _context.passes.set((*(held for held in passes if held.limit is not self), own))
+            others = [held for held in passes if held.limit is not self]
+            if not is_model or len(others) == len(passes):  # a model's requests use the place held
+                _context.passes.set((*others, own))
             used: Any = None
             fault: BaseException | None = None
             try:
@@ -3719,11 +3740,12 @@ async def as_completed(
 
 
 def _combined(
-    who: str, like: Any, run: Callable[[Any, Any], Coroutine[Any, Any, R]], shape: Any = R
+    who: str, like: Any, run: Callable[[Any, Any], Coroutine[Any, Any, R]], shape: Any = None
 ) -> Callable[..., Coroutine[Any, Any, R]]:
     """An async function with the parameters of `like` that does `run(args, kwargs)`.
 
-    To a cache it is another function than `like`. `shape`: what it returns where `like` returns R.
+    To a cache it is another function than `like`. `shape`: the generic type of what it returns, of
+    what `like` returns.
     """
     _async_only(like, f"{who}()")
 
@@ -3732,11 +3754,13 @@ def _combined(
 
     functools.update_wrapper(combined, like)
     combined.__name__, combined.__qualname__ = who.rpartition(".")[2], who
-    combined.__annotations__ = {"return": shape}
-    signature, kind = inspect.signature(like), _annotation(combined, {})
-    known = shape is R or kind is None
     made: Any = combined
-    made.__signature__ = signature if known else signature.replace(return_annotation=kind)
+    made.__signature__ = inspect.signature(like)
+    if shape is not None:
+        _shapes[combined] = shape
+        kind = _annotation(combined, {})
+        made.__annotations__ = {**made.__annotations__, "return": kind}
+        made.__signature__ = made.__signature__.replace(return_annotation=kind)
     return _decorated(made, f"{who}()", run)  # type: ignore[no-any-return]
 
 
@@ -4069,7 +4093,7 @@ async def _polled(
     A failure is left out while `quorum` can be reached; else it is raised itself.
     """
     answers, failures = dict[int, Any](), list[tuple[Any, BaseException]]()
-    sample, came, started = _context.sample.get(), anyio.Event(), 0
+    sample, came, started, faults = _context.sample.get(), anyio.Event(), 0, list[BaseException]()
 
     async def ask(number: int) -> None:
         _context.sample.set((*sample, number))
@@ -4082,21 +4106,20 @@ async def _polled(
         finally:
             came.set()
 
-    with _ungrouped([]):
+    with _ungrouped(faults):
         async with anyio.create_task_group() as group:
-            while left := len(fns) - len(answers) - len(failures):
-                aim = len(fns) - left + wanted([*answers.values()], left)
-                if aim == len(fns) - left:
+            while (left := len(fns) - len(answers) - len(failures)) and not faults:
+                if not (more := wanted([*answers.values()], left)):
                     break
-                for number in range(started, aim):
+                for number in range(started, len(fns) - left + more):
                     group.start_soon(ask, number)
-                started = max(started, aim)
+                started = len(fns) - left + more
                 await came.wait()
                 came = anyio.Event()
-                if fatal := [error for _, error in failures if isinstance(error, SetupError)]:
-                    raise fatal[0]
+                faults += [error for _, error in failures if isinstance(error, SetupError)]
                 if len(fns) - len(failures) < quorum:
-                    raise _noted(failures)
+                    faults.append(_noted(failures))
+            group.cancel_scope.cancel()
     return answers
 
 
@@ -4108,7 +4131,7 @@ def ensemble(*fns: Fn[P, R], n: int = 1, quorum: int = 1) -> Fn[P, list[R]]:
 
     >>> ask = ensemble(models.gpt4, models.claude, models.gemini, quorum=2)
     """
-    slots = [fn for fn in fns if _is_count(n) for _ in range(n)]
+    slots = [fn for fn in fns if _is_count(n) for _ in range(int(n))]
     if fns and not (_is_count(n) and _is_count(quorum) and quorum <= len(slots)):
         what = f"n={n!r} must be 1 or more, quorum={quorum!r} from 1 to all {len(slots)} answers"
         raise SetupError(f"ensemble: {what}")
@@ -4119,7 +4142,7 @@ def ensemble(*fns: Fn[P, R], n: int = 1, quorum: int = 1) -> Fn[P, list[R]]:
         answers = await _polled(slots, args, kwargs, quorum, lambda _, left: left)
         return [answers[number] for number in sorted(answers)]
 
-    return _combined("ensemble", fns[0], run, list[R])
+    return _combined("ensemble", fns[0], run, list)
 
 
 def _normalised(answer: Any) -> Any:
@@ -4128,11 +4151,13 @@ def _normalised(answer: Any) -> Any:
 
     if issubclass(type(answer), Reply):
         answer = answer.data
+    if type(answer) in {list, tuple}:
+        return [*map(_normalised, answer)]
     if type(answer) is str:
         answer = " ".join(answer.casefold().split()).rstrip(".!").rstrip()
     if type(answer) in {str, int, float}:
         with suppress(decimal.InvalidOperation):
-            number = decimal.Decimal(str(answer))
+            number = decimal.Decimal(str(answer) if isinstance(answer, float) else answer)
             return number if number.is_finite() else str(answer)
     return answer
 
@@ -4142,7 +4167,10 @@ def _votes(answers: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[
     votes: dict[Any, list[Any]] = {}
     for answer in answers:
         vote = key(answer)
-        vote = vote if isinstance(vote, Hashable) and not isinstance(vote, tuple) else _form(vote)
+        try:
+            hash(vote)
+        except TypeError:
+            vote = _form(vote)
         votes.setdefault((isinstance(vote, bool), vote), []).append(answer)
     return votes
 
@@ -4164,11 +4192,11 @@ def majority_vote(answers: Iterable[T], key: Callable[[T], Any] = _normalised) -
 
 @dataclass(frozen=True, slots=True)
 class Consensus(Generic[T]):
-    """An answer, its share of the votes that came, and how many each came to (by key)."""
+    """An answer, its share of the votes that came, and the votes for each key, as a text."""
 
     answer: T
     share: float
-    counts: Mapping[Any, int]
+    counts: dict[str, int]
 
 
 def _open_votes(counts: Sequence[int], left: int) -> int:
@@ -4206,12 +4234,13 @@ def consensus(
         return max(0, _open_votes([*map(len, _votes(answers, key).values())], left))
 
     async def run(args: Any, kwargs: Any) -> Consensus[Any]:
-        answers = [*(await _polled([fn] * n, args, kwargs, 1, wanted)).values()]
-        counts = {vote: len(alike) for (_, vote), alike in _votes(answers, key).items()}
-        share = max(counts.values()) / len(answers)
-        return Consensus(majority_vote(answers, key), share, counts)
+        answers = [*(await _polled([fn] * int(n), args, kwargs, 1, wanted)).values()]
+        alike = _votes(answers, key)
+        best = max(alike.values(), key=len)
+        counts = {str(vote): len(same) for (_, vote), same in alike.items()}
+        return Consensus(best[0], len(best) / len(answers), counts)
 
-    return _combined("consensus", fn, run, Consensus[R])
+    return _combined("consensus", fn, run, Consensus)
 
 
 def best_of(fn: Fn[P, R], n: int, score: Callable[[R], Any]) -> Fn[P, R]:
@@ -4226,15 +4255,17 @@ def best_of(fn: Fn[P, R], n: int, score: Callable[[R], Any]) -> Fn[P, R]:
     if not _is_count(n) or not callable(score):
         raise SetupError(f"best_of: n={n!r} must be 1 or more, score={score!r:.80} a function")
 
-    async def scored(*args: Any, **kwargs: Any) -> tuple[float, Any]:
+    async def scored(*args: Any, **kwargs: Any) -> tuple[tuple[bool, float], Any]:
         answer = await fn(*args, **kwargs)
         _context.sample.set(_context.sample.get()[:-1])  # equal answers are scored once by a cache
         mark = float(await _awaited(score(answer)))
-        return -_EVER if math.isnan(mark) else mark, answer
+        return (mark == mark, mark), answer  # NaN is below every number
 
     async def run(args: Any, kwargs: Any) -> Any:
-        marked = await _polled([scored] * n, args, kwargs, 1, lambda _, left: left)
+        marked = await _polled([scored] * int(n), args, kwargs, 1, lambda _, left: left)
         return max((marked[number] for number in sorted(marked)), key=lambda pair: pair[0])[1]
+
+    scored.__qualname__ = _name(fn)
 
     return _combined("best_of", fn, run)
 
@@ -4263,6 +4294,8 @@ def _data(value: Any) -> Any:
     """A value with what replies say in their place."""
     if _is_reply(value):
         return value.data
+    if hasattr(value.__class__, "__dataclass_fields__"):
+        value = {one.name: getattr(value, one.name) for one in dataclasses.fields(value)}
     if _is_dict(value):
         return {name: _data(one) for name, one in value.items()}
     return [*map(_data, value)] if type(value) in {list, tuple} else value
@@ -4270,12 +4303,15 @@ def _data(value: Any) -> Any:
 
 def _shown(value: Any) -> str:
     """A value as a prompt says it: a text as it is, all else as JSON."""
-    if type(value := _data(value)) is str:
-        return value
-    import pydantic_core
+    plain = _data(value)
+    try:
+        told = json.dumps(plain, ensure_ascii=False)
+    except TypeError:
+        import pydantic_core
 
-    plain = pydantic_core.to_jsonable_python(value, fallback=str)
-    return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
+        plain = pydantic_core.to_jsonable_python(plain, fallback=str)
+        told = json.dumps(plain, ensure_ascii=False)
+    return str(json.loads(told)) if isinstance(plain, str) else told
 
 
 def _quoted(value: Any) -> str:
@@ -4289,23 +4325,26 @@ def _takes(fn: Any, name: str) -> bool:
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-async def _value(model: Any, prompt: str, output: Any, **options: Any) -> Any:
-    """The value of type `output` that an async function answers a prompt with.
+async def _reply_of(model: Any, prompt: str, output: Any = None, **options: Any) -> Reply[Any]:
+    """The reply of any async function to a prompt; `.data` is of type `output`, else the text.
 
     One without an output= is told of the type in words, and its text is read; a wrong one is
     asked for again, at most twice.
     """
-    told = _takes(model, "output")
-    asked = prompt if told else f"{prompt}\n\n{_in_words(_adapter(output)[1])}"
-    text, problem, how = "", "", options | ({"output": output} if told else {})
+    told, text, problem = output is not None and _takes(model, "output"), "", ""
+    how = options | ({"output": output} if told else {})
+    in_words = "" if told or output is None else f"\n\n{_in_words(_adapter(output)[1])}"
     for number in range(3):
         wrong = f"\n\nYou have answered:\n{text}\n\n{_AGAIN.format(problem=problem)}"
-        result = await model(asked + wrong if number else asked, **how)
-        reply: Reply[Any] = result if _is_reply(result) else Reply(str(result), result)
+        result = await model(f"{prompt}{in_words}{wrong if number else ''}", **how)
+        reply: Reply[Any] = result if _is_reply(result) else Reply(_shown(result), result)
+        typed = not isinstance(reply.data, str) or reply.data != reply.text
         try:
-            if not isinstance(reply.data, str) or reply.data != reply.text:
-                return _adapter(output)[0].validate_python(reply.data)
-            return _typed(output, reply)
+            if output is None or (told and typed and reply is result):
+                return reply if reply is result else Reply(str(result), str(result))
+            if typed:
+                return replace(reply, data=_adapter(output)[0].validate_python(reply.data))
+            return replace(reply, data=_typed(output, reply))
         except (ValueError, RecursionError) as error:
             text, problem = reply.text, str(error)
     what = f"{_name(model)}: no valid {output!r} in 3 answers; change the prompt"
@@ -4341,7 +4380,7 @@ class Verdict(Generic[T]):
 
 
 @functools.lru_cache(64)
-def _judgement(count: int, scale: int) -> Any:
+def _judgement(count: int, scale: float) -> Any:
     """The type of a judge's answer: the reason comes first, so that it is thought before."""
     import pydantic
 
@@ -4362,7 +4401,7 @@ def _relabelled(reason: str, places: Sequence[int]) -> str:
 
 
 def judge(
-    model: Callable[..., Awaitable[Any]], criteria: str | Sequence[str] = "", scale: int = 10,
+    model: Callable[..., Awaitable[Any]], criteria: str | Sequence[str] = "", scale: float = 10,
     seed: int = 0,
 ) -> Callable[[object, Iterable[T]], Coroutine[Any, Any, Verdict[T]]]:
     """An async function of a question and its answers that returns a Verdict.
@@ -4374,9 +4413,10 @@ def judge(
     >>> best = judge(models.claude, criteria=["is correct", "is short"])
     """
     _async_only(model, "judge()")
-    if not _is_number(scale, 2):
-        raise SetupError(f"judge: scale={scale!r} must be 2 or more")
-    points = [criteria] if isinstance(criteria, str) else criteria
+    points: list[Any] = [*criteria] if isinstance(criteria, list | tuple) else [criteria]
+    if not _is_number(scale, 2) or scale == _EVER or {*map(type, points)} - {str}:
+        what = f"scale={scale!r} must be 2 or more, criteria={criteria!r:.80} a text or several"
+        raise SetupError(f"judge: {what}")
     rules = "".join(f"\n- {point}" for point in points if point)
 
     async def judge(question: object, answers: Iterable[Any]) -> Verdict[Any]:
@@ -4385,16 +4425,18 @@ def judge(
         shown = [*dict.fromkeys(text for text in texts if text.strip())]
         if not shown:
             return Verdict(given[0], 0, (0.0,) * len(given), "All answers are empty.")
-        random.Random(f"{seed}\n{_shown(question)}\n{shown}").shuffle(shown)
+        order = f"{seed}\n{_shown(question)}\n{shown}".encode(errors="surrogatepass")
+        random.Random(order).shuffle(shown)
         listed = "\n".join(f"answer_{n}: {_quoted(text)}" for n, text in enumerate(shown, 1))
-        said = await _value(
+        verdict = await _reply_of(
             model,
             f"Score each answer to the question from 1 (worst) to {scale} (best), "
             f"and say why in a sentence or two.{' Criteria:' if rules else ''}{rules}\n"
             f"The question and the answers {_ARE_DATA}\n\n"
             f"question: {_quoted(question)}\n{listed}",
-            _judgement(len(shown), int(scale)),
+            _judgement(len(shown), scale),
         )
+        said = verdict.data
         marks = dict(zip(shown, map(float, dataclasses.astuple(said.scores))))
         scores = tuple(marks.get(text, 0.0) for text in texts)
         index = scores.index(max(scores))
@@ -4417,6 +4459,8 @@ def synthesize(
 
     async def synthesize(question: object, answers: Iterable[object]) -> Any:
         texts = [text for text in _texts("synthesize()", [*answers]) if text.strip()]
+        if not texts:
+            raise SetupError("synthesize() got no answers but empty ones; give it one or more")
         listed = "\n".join(f"answer_{n}: {_quoted(one)}" for n, one in enumerate(texts, 1))
         return await model(
             "Several answers to a question follow. Write one answer that has what is right in "
@@ -4441,7 +4485,7 @@ class Verification(Generic[T]):
 class _Check:
     reason: str
     ok: bool
-    correction: typing.Annotated[str, "the right answer, if it is not ok, else an empty text"]
+    correction: typing.Annotated[str, "the right answer if it is not ok, else an empty text"] = ""
 
 
 def verify(
@@ -4454,7 +4498,7 @@ def verify(
     _async_only(model, "verify()")
 
     async def verify(question: object, answer: Any) -> Verification[Any]:
-        said = await _value(
+        check = await _reply_of(
             model,
             "Check whether the answer to the question is right and complete: say why or why not, "
             "and correct it if it is not.\n"
@@ -4462,8 +4506,9 @@ def verify(
             f"question: {_quoted(question)}\nanswer: {_quoted(answer)}",
             _Check,
         )
-        corrected = not said.ok and said.correction.strip()
-        return Verification(said.ok, said.reason, said.correction if corrected else answer)
+        said: _Check = check.data
+        right = answer if said.ok or not said.correction.strip() else said.correction
+        return Verification(said.ok, said.reason, right)
 
     return _itself(verify)
 
@@ -4492,7 +4537,7 @@ def refine(
 
     async def refine(question: object) -> Any:
         answer: Any = await fn(question)
-        for _ in range(max_rounds):
+        for _ in range(int(max_rounds)):
             critique = await critic(question, answer)
             if await _awaited(until(critique)):
                 break
@@ -4519,10 +4564,13 @@ def _template(fn: Any) -> list[tuple[str, str | None]]:
     try:
         for before, name, how, conversion in string.Formatter().parse(text):
             pieces.append((before, name))
-            if name is not None and (how or conversion or not name.isidentifier()):
-                raise ValueError(f"{{{name}}} is more than the name of a parameter.")
-            if name is not None and name not in names:
-                near = difflib.get_close_matches(name, [*names, "{{"], 1, 0)
+            if name is None:
+                continue
+            place = name + (f"!{conversion}" if conversion else "") + (f":{how}" if how else "")
+            if not place.isidentifier():
+                raise ValueError(f"{{{place}}} is not just the name of a parameter.")
+            if name not in names:
+                near = difflib.get_close_matches(name, names or ["{{"], 1, 0)
                 raise ValueError(f"{{{name}}} is no parameter, did you mean {near[0]!r}?")
     except ValueError as error:
         how = "{name} is a parameter's place, {{ and }} are braces"
@@ -4555,32 +4603,37 @@ def _checked(who: str, parameter: inspect.Parameter, kind: Any) -> Callable[[Any
     return check
 
 
-@functools.lru_cache(1024)
-def _checks(fn: Any) -> tuple[dict[str, Callable[[Any], Any]], Any]:
-    """What checks each parameter of a function, and the type of what it returns."""
-    who, parameters = f"{_name(fn)}()", inspect.signature(fn).parameters.values()
-    try:
-        kinds = _hints(fn)
-    except (NameError, TypeError, AttributeError) as error:
-        how = "Define its types where the module can see them"
-        raise SetupError(f"prompt: {who}: {error}. {how}") from None
-    checks = {p.name: _checked(who, p, kinds.get(p.name, Any)) for p in parameters}
-    return checks, kinds.get("return")
+@dataclass(eq=False)
+class _Prompt:
+    """A function whose docstring is a prompt, and the model that answers; all that a cache keys."""
 
+    fn: Any
+    model: Any
+    pieces: list[tuple[str, str | None]]
+    kinds: JSON | None
 
-async def _prompted(fn: Any, model: Any, args: Any, kwargs: Any) -> Any:
-    """The model's answer to a docstring with arguments in it: a text, a Reply, or typed data."""
-    bound, (checks, kind) = inspect.signature(fn).bind(*args, **kwargs), _checks(fn)
-    bound.apply_defaults()
-    shown = {name: _shown(checks[name](value)) for name, value in bound.arguments.items()}
-    text = "".join(f"{before}{shown[name] if name else ''}" for before, name in _template(fn))
-    if kind in (str, None):
-        result = await model(text)
-        return result.text if _is_reply(result) else result
-    if (typing.get_origin(kind) or kind) is Reply:
-        output = typing.get_args(kind) or (str,)
-        return await (model(text) if output[0] is str else model(text, output=output[0]))
-    return await _value(model, text, kind)
+    @functools.cached_property
+    def checks(self) -> dict[str, Callable[[Any], Any]]:
+        """What checks each argument."""
+        who, parameters = f"{_name(self.fn)}()", inspect.signature(self.fn).parameters.values()
+        try:
+            kinds = self.kinds = self.kinds or _hints(self.fn, {})
+        except (NameError, TypeError, AttributeError) as error:
+            how = "Define its types where the module can see them"
+            raise SetupError(f"prompt: {who}: {error}. {how}") from None
+        return {p.name: _checked(who, p, kinds.get(p.name, Any)) for p in parameters}
+
+    async def answer(self, args: Any, kwargs: Any) -> Any:
+        """The answer to the docstring with arguments in it: a text, a Reply, or typed data."""
+        bound, checks = inspect.signature(self.fn).bind(*args, **kwargs), self.checks
+        bound.apply_defaults()
+        shown = {name: _shown(checks[name](value)) for name, value in bound.arguments.items()}
+        text = "".join(f"{before}{shown[name] if name else ''}" for before, name in self.pieces)
+        kind = (self.kinds or {}).get("return")
+        whole = (typing.get_origin(kind) or kind) is Reply
+        [output] = (typing.get_args(kind) or (str,)) if whole else (kind,)
+        reply = await _reply_of(self.model, text, None if output is str else output)
+        return reply if whole else reply.text if output in (str, None) else reply.data
 
 
 def prompt(
@@ -4601,13 +4654,23 @@ def prompt(
 
     def decorate(fn: Callable[P, Coroutine[Any, Any, R]]) -> Fn[P, R]:
         _async_only(fn, "prompt()")
-        _template(fn)  # its faults are told now
-        return _combined(_name(fn), fn, functools.partial(_prompted, fn, model))
+        kinds: JSON | None = None
+        with suppress(NameError, TypeError, AttributeError):  # of a type that is defined later
+            caller: Any = inspect.currentframe()
+            kinds = _hints(fn, caller.f_back.f_locals)
+        return _combined(_name(fn), fn, _Prompt(fn, model, _template(fn), kinds).answer)
 
     return decorate
 
 
 # One line: "question, context -> answer: str, confidence: float".
+
+
+# What a type is written with: names, brackets, texts and numbers. Nothing in it is run.
+_TYPE_PARTS = (
+    ast.BinOp, ast.BitOr, ast.Constant, ast.List, ast.Name, ast.Subscript, ast.Tuple, ast.UnaryOp,
+    ast.USub, ast.expr_context,
+)  # fmt: skip
 
 
 def _side(signature: str, side: str, default: Any) -> dict[str, Any]:
@@ -4619,6 +4682,9 @@ def _side(signature: str, side: str, default: Any) -> dict[str, Any]:
         names: dict[str, Any] = {one.arg: one.annotation for one in told.args}
         if not names or [*ast.iter_child_nodes(told)] != told.args or len(names) < len(told.args):
             raise SyntaxError("it has names, each once, with or without a type, and nothing else")
+        parts = [part for one in names.values() if one for part in ast.walk(one)]
+        if odd := [part for part in parts if not isinstance(part, _TYPE_PARTS)]:
+            raise SyntaxError(f"{ast.unparse(odd[0])!r} is no type")
     except (SyntaxError, ValueError) as error:
         how = 'Write "question, context -> answer: str, confidence: float"'
         raise SetupError(f"{who}: {side.strip()!r} is no list of names: {error}. {how}") from None
@@ -4648,14 +4714,11 @@ def _inputs(signature: str) -> tuple[inspect.Signature, dict[str, Callable[[Any]
 @functools.cache
 def _prediction(signature: str, reasoning: bool) -> Any:
     """The type of the answers to a signature: its outputs, after the reasoning."""
-    left, arrow, right = signature.partition("->")
-    if not arrow:
-        how = 'Write "question -> answer"'
-        raise SetupError(f"predict: {signature!r:.200} has no arrow to its outputs. {how}")
+    left, _, right = signature.partition("->")
     outputs = _side(signature, right, str)
-    taken = [*_side(signature, left, Any), *(["reasoning"] if reasoning else [])]
-    if twice := outputs.keys() & {*taken}:
-        raise SetupError(f"predict: {signature!r:.200} has {min(twice)!r} twice. Rename one")
+    names = [*_side(signature, left, Any), *(["reasoning"] if reasoning else []), *outputs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise SetupError(f"predict: {signature!r:.200} has {twice[0]!r} twice. Rename one")
 
     def text(self: Any) -> str:
         told = {name: getattr(self, name) for name in outputs}
@@ -4678,8 +4741,10 @@ def _predicted(signature: str, reasoning: bool, *values: Any) -> Any:
 
 def _demo(demo: Any, inputs: Sequence[str], outputs: Sequence[str]) -> str:
     """An example as a prompt shows it."""
-    held: JSON = {**(demo if _is_dict(demo) else vars(demo))}
     names = [*inputs, *outputs]
+    held = _data(dict(demo) if hasattr(demo, "keys") else demo)
+    if not _is_dict(held):
+        raise SetupError(f"predict: the demo {demo!r:.200} is no mapping. Give {names}")
     if odd := sorted({*held} ^ {*names} - ({"reasoning"} - {*held})):
         what = "lacks" if odd[0] in names else "has a name that is in no place:"
         raise SetupError(f"predict: the demo {held!r:.200} {what} {odd[0]!r}. Give {names}")
@@ -4701,6 +4766,9 @@ def predict(
     >>> answer = predict("question -> answer, confidence: float", model=models.gpt4)
     """
     _async_only(model, "predict()")
+    if not isinstance(signature, str) or "->" not in signature:  # pyright: ignore
+        how = 'Write "question -> answer"'
+        raise SetupError(f"predict: {signature!r:.200} has no arrow to its outputs. {how}")
     if tools and not _takes(model, "tools"):
         raise SetupError(f"predict: {_name(model)}() takes no tools=. Give a model that does")
     kind = _prediction(signature, reasoning)
@@ -4708,12 +4776,13 @@ def predict(
     lead = f"From a JSON object with {', '.join(inputs)} make one with {', '.join(outputs)}.\n\n"
     lead += "".join(_demo(demo, inputs, outputs) for demo in demos)
     options = {"tools": [*tools]} if tools else {}
+    _adapter(kind)  # its faults are told now
 
     async def predict(*args: Any, **kwargs: Any) -> Any:
         parameters, checks = _inputs(signature)
         given = _bound("predict()", parameters, args, kwargs)
         told = _shown({name: checks[name](value) for name, value in given.items()})
-        return await _value(model, lead + told, kind, **options)
+        return (await _reply_of(model, lead + told, kind, **options)).data
 
     made: Any = predict
     made.__annotations__ = {"return": kind}

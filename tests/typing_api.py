@@ -5,31 +5,45 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, assert_type
+from typing import Annotated, Any, Literal, assert_type
 
 from ember import (
     Attempt,
     Budget,
+    Consensus,
     Ledger,
     Limit,
     Model,
     Reply,
     Stream,
+    Verdict,
+    Verification,
     as_completed,
     batch,
+    best_of,
     budget,
     cache,
+    cascade,
+    consensus,
+    ensemble,
     fallback,
     gather,
     graph,
+    judge,
     limit,
+    majority_vote,
     model,
     models,
     parallel,
+    predict,
+    prompt,
+    refine,
     retry,
     sync,
+    synthesize,
     track,
     transient,
+    verify,
 )
 
 
@@ -272,3 +286,126 @@ async def more_mistakes() -> None:
     graph(classify=5)  # type: ignore[arg-type]  # pyright: ignore
     budget("1")  # type: ignore[arg-type]  # pyright: ignore
     track(5)  # type: ignore[arg-type]  # pyright: ignore
+
+
+# ── Ensembles and prompts ───
+
+
+async def closeness(text: str) -> float:
+    """How good an answer is."""
+    return float(len(text))
+
+
+async def critic(question: object, answer: str) -> Verification[str]:
+    """What is wrong with an answer."""
+    return Verification(ok=bool(question), reason="", answer=answer)
+
+
+async def ensembles() -> None:
+    """Many answers have the parameters of the function that gives them."""
+    assert_type(await ensemble(classify)("x", more=2), list[str])
+    assert_type(await ensemble(classify, classify, n=2, quorum=3)(text="x"), list[str])
+    asked = await ensemble(models.gpt4, models.claude, n=2)("x", temperature=0)
+    assert_type(asked, list[Reply[str]])
+    assert_type(majority_vote(asked), Reply[str])
+    assert_type(majority_vote([1, 2], key=str), int)
+    votes = await consensus(classify, n=5, key=str.casefold)("x", more=2)
+    assert_type(votes, Consensus[str])
+    assert_type((votes.answer, votes.share), tuple[str, float])
+    assert_type((await consensus(models.gpt4)("x")).answer, Reply[str])
+    assert_type(await best_of(classify, 3, len)("x", more=2), str)
+    assert_type(await best_of(classify, n=3, score=closeness)(text="x"), str)
+    assert_type(await cascade(classify, classify, accept=str.isalpha)("x", more=2), str)
+    assert_type(await cascade(models.gpt4, models.claude, accept=bool)("x"), Reply[str])
+
+
+async def judges() -> None:
+    """A verdict is of what was judged; what a model writes is what it returns."""
+    verdict = await judge(models.gpt4, "is short", scale=5, seed=1)("x?", ["a", "b"])
+    assert_type(verdict, Verdict[str])
+    assert_type(verdict.answer, str)
+    assert_type(verdict.index, int)
+    assert_type(verdict.scores, tuple[float, ...])
+    replies = await ensemble(models.gpt4)("x?")
+    assert_type((await judge(models.gpt4, ["is short"])("x?", replies)).answer, Reply[str])
+    assert_type(await synthesize(models.gpt4)("x?", replies), Reply[str])
+    assert_type(await synthesize(classify)("x?", ["a", "b"]), str)
+    checked = await verify(models.gpt4)("x?", "a")
+    assert_type((checked.ok, checked.reason), tuple[bool, str])
+    assert_type(checked.answer, str)
+    better = refine(classify, critic, until=lambda critique: critique.ok, max_rounds=2)
+    assert_type(await better("x?"), str)
+    assert_type(await refine(models.gpt4, verify(models.claude))("x?"), Reply[str])
+
+
+@prompt(models.gpt4)
+async def describe(text: str, max_words: int = 100, *, more: list[str] | None = None) -> City:
+    """Describe {text} in {max_words} words, and {more}."""
+    raise NotImplementedError
+
+
+@prompt(classify)
+async def shorten(text: str) -> Reply[str]:
+    """Shorten {text}."""
+    raise NotImplementedError
+
+
+class Pen:
+    """Methods that are prompts."""
+
+    @prompt(retry(models.gpt4))
+    async def write(self, topic: str) -> Annotated[int, "how many"]:
+        """Write about {topic}."""
+        raise NotImplementedError
+
+    @retry
+    @cache(ttl=60)
+    @prompt(models.gpt4)
+    async def stacked(self, topic: str) -> list[City]:
+        """Write about {topic}."""
+        raise NotImplementedError
+
+
+async def prompts() -> None:
+    """A prompt has the parameters and the result that it is written with."""
+    assert_type(await describe("x", 5, more=["y"]), City)
+    assert_type(await describe(text="x"), City)
+    assert_type(await shorten("x"), Reply[str])
+    assert_type(await Pen().write("x"), int)
+    assert_type(await Pen().stacked(topic="x"), list[City])
+    for kept in (retry(describe), cache(describe), batch(describe), fallback(describe)):
+        assert_type(await kept("x", max_words=5), City)
+    assert_type(await ensemble(describe, n=2)("x", 5), list[City])
+    assert_type(await gather(describe("x"), shorten("y")), tuple[City, Reply[str]])
+    assert_type(await parallel(describe, ["x"]), list[City])
+    assert_type(sync(describe)("x"), City)
+    find = predict("question -> answer: str", model=models.gpt4, reasoning=True, demos=[{}])
+    assert_type(await find("x"), Any)
+    assert_type(await predict("a, b -> c", model=classify, tools=[closeness, len])("x", b=5), Any)
+    assert_type(await prompt(find)(classify)("x", more=3), str)
+
+
+async def still_more_mistakes() -> None:
+    """Each is an error, as those above."""
+    await ensemble(classify)(5)  # type: ignore[arg-type]  # pyright: ignore
+    await ensemble(classify)("x", mor=2)  # type: ignore[call-arg]  # pyright: ignore
+    ensemble(classify, n="2")  # type: ignore[arg-type]  # pyright: ignore
+    ensemble(len)  # type: ignore[arg-type]  # pyright: ignore
+    await consensus(classify)(5)  # type: ignore[arg-type]  # pyright: ignore
+    await best_of(classify, 3, len)(5)  # type: ignore[arg-type]  # pyright: ignore
+    best_of(classify, 3)  # type: ignore[call-arg]  # pyright: ignore
+    cascade(classify, classify)  # type: ignore[call-arg]  # pyright: ignore
+    judge(len)  # type: ignore[arg-type]  # pyright: ignore
+    await judge(models.gpt4)("x?")  # type: ignore[call-arg]  # pyright: ignore
+    await judge(models.gpt4)("x?", 5)  # type: ignore[arg-type]  # pyright: ignore
+    await verify(models.gpt4)("x?")  # type: ignore[call-arg]  # pyright: ignore
+    refine(classify)  # type: ignore[call-arg]  # pyright: ignore
+    await describe(5)  # type: ignore[arg-type]  # pyright: ignore
+    await describe("x", "ten")  # type: ignore[arg-type]  # pyright: ignore
+    await describe("x", 5, [])  # type: ignore[call-arg]  # pyright: ignore
+    await Pen().write()  # type: ignore[call-arg]  # pyright: ignore
+    prompt(len)  # type: ignore[arg-type]  # pyright: ignore
+    prompt(models.gpt4)(len)  # type: ignore[arg-type]  # pyright: ignore
+    predict("a -> b")  # type: ignore[call-arg]  # pyright: ignore
+    predict("a -> b", classify)  # type: ignore[call-arg]  # pyright: ignore
+    predict("a -> b", model=len)  # type: ignore[arg-type]  # pyright: ignore
