@@ -1,0 +1,112 @@
+"""Data sets: rows from a file, or a sample of them.
+
+    from ember_accel import load
+
+    rows = load("gsm8k.jsonl", sample=200)  # {"input": "How many…", "expected": "72"}
+
+One home for what is wrong in a line of a file, which the file of an evaluation uses as well.
+"""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import json
+from collections.abc import Callable, Iterable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NoReturn
+
+import ember
+from ember import SetupError
+
+
+def load(path: str | Path, sample: int | None = None, seed: int = 0) -> list[Any]:
+    """The rows of a .jsonl, .ndjson, .json, .csv, .tsv or .parquet file: objects, or arrays.
+
+    `sample` takes so many of them, chosen by `seed`: the same on each machine, in their order.
+    What is wrong in a line is a SetupError with the file and the number of the line.
+    """
+    read = _READERS.get(Path(path).suffix.lower())
+    if not read:
+        raise SetupError(f"load: {path} is of no kind that is read: {', '.join(_READERS)}")
+    rows = list(read(path))
+    if sample is not None and not (ember._is_count(sample) and sample <= len(rows)):
+        raise SetupError(f"load: sample={sample!r} of the {len(rows)} rows in {path}. Take fewer")
+    ranked = sorted(range(len(rows)), key=lambda index: digest(f"{seed}:{index}"))
+    return [rows[index] for index in sorted(ranked[:sample])]
+
+
+def digest(text: str) -> str:
+    """What stands for a text, the same on each machine."""
+    return sha256(text.encode()).hexdigest()
+
+
+def wrong_line(path: object, line: int, what: object) -> NoReturn:
+    """SetupError for a line."""
+    raise SetupError(f"{path}:{line}: {what}. Mend this line, or give another file")
+
+
+def _read(path: Any) -> str:
+    """The text of a UTF-8 file, without its byte order mark."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        wrong_line(path, error.object[: error.start].count(b"\n") + 1, f"no UTF-8: {error.reason}")
+
+
+def json_value(path: Any, line: int, text: str | bytes) -> Any:
+    """The object or array that begins in a line."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        wrong_line(path, line - 1 + getattr(error, "lineno", 1), f"no JSON: {error}")
+    if not ember._is_dict(value) and not ember._is_list(value):
+        wrong_line(path, line, f"{value!r:.80} is no object or array")
+    return value
+
+
+def _json_lines(path: Any) -> list[Any]:
+    """The rows of a file with one in a line."""
+    lines = enumerate(_read(path).split("\n"), 1)
+    return [json_value(path, number, text) for number, text in lines if text.strip()]
+
+
+def _json_array(path: Any) -> list[Any]:
+    """The rows of a file that is one array."""
+    rows = json_value(path, 1, _read(path))
+    return rows if ember._is_list(rows) else wrong_line(path, 1, "no array of rows")
+
+
+def _table(path: Any, delimiter: str = ",") -> Iterable[Any]:
+    """The rows of a file with commas or tabs, by the names in its first line."""
+    table = csv.DictReader(io.StringIO(_read(path), ""), delimiter=delimiter, strict=True)
+    try:
+        names = table.fieldnames or [""]
+        if "" in names or len({*names}) < len(names):
+            wrong_line(path, 1, f"{names} is no header, which names each column")
+        for row in table:
+            if None in row or None in row.values():
+                what = f"not as many cells as the {len(names)} columns"
+                wrong_line(path, table.reader.line_num, what)
+            yield row
+    except csv.Error as error:
+        wrong_line(path, table.reader.line_num, error)
+
+
+def _parquet(path: Any) -> list[Any]:
+    """The rows of a Parquet file."""
+    try:
+        parquet: Any = importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise SetupError(f"load: {path} needs pyarrow. Install it: pip install pyarrow") from None
+    return list(parquet.read_table(path).to_pylist())
+
+
+_READERS: dict[str, Callable[[Any], Iterable[Any]]] = {
+    ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json_array, ".csv": _table,
+    ".tsv": lambda path: _table(path, "\t"), ".parquet": _parquet,
+}  # fmt: skip
