@@ -2118,9 +2118,9 @@ class Stream:
     def __del__(self) -> None:
         # Left by a `break`: asyncio's own hook comes too late where the loop ends right after.
         if self._texts and not self._broken and not self._ended:
-            import asyncio
+            with suppress(RuntimeError, ImportError):  # no loop runs; the interpreter ends
+                import asyncio
 
-            with suppress(RuntimeError):
                 asyncio.get_running_loop().create_task(self._pieces.aclose())
 
     async def __aenter__(self) -> Stream:
@@ -2756,6 +2756,8 @@ class _Question:
             bound.apply_defaults()
             told = ",".join(self.argument(*item) for item in bound.arguments.items())
         sample = _context.sample.get()
+        while sample[-1:] == (0,):  # the first sample of an ensemble is the same as a plain call
+            sample = sample[:-1]
         whole = f"ember 1\n{self.about()}\n{sample or ''}\n{told}"
         return hashlib.sha256(whole.encode()).hexdigest()
 
@@ -4095,9 +4097,10 @@ async def _polled(
     """
     answers, failures = dict[int, Any](), list[tuple[Any, BaseException]]()
     sample, came, started, faults = _context.sample.get(), anyio.Event(), 0, list[BaseException]()
+    inner = [*map(_unwrapped, fns)]
 
     async def ask(number: int) -> None:
-        _context.sample.set((*sample, number))
+        _context.sample.set((*sample, inner[:number].count(inner[number])))
         try:
             answers[number] = await fns[number](*args, **kwargs)
         except (Exception, anyio.get_cancelled_exc_class()) as error:
@@ -4389,10 +4392,12 @@ def _judgement(count: int, scale: float) -> Any:
     """The type of a judge's answer: the reason comes first, so that it is thought before."""
     import pydantic
 
+    # A small model may never end its reason: a server that decodes by the schema ends it.
+    reason: Any = typing.Annotated[str, pydantic.Field(json_schema_extra={"maxLength": 600})]
     mark: Any = typing.Annotated[float, pydantic.Field(ge=1, le=scale)]
     marks = [(f"answer_{number + 1}", mark) for number in range(count)]
     scores = dataclasses.make_dataclass("Scores", marks)
-    return dataclasses.make_dataclass("Judgement", [("reason", str), ("scores", scores)])
+    return dataclasses.make_dataclass("Judgement", [("reason", reason), ("scores", scores)])
 
 
 def _relabelled(reason: str, places: Sequence[int]) -> str:

@@ -1073,3 +1073,30 @@ async def test_an_error_in_a_round_is_raised_itself(part: str) -> None:
     with pytest.raises(LookupError) as caught:
         await refine(ask, critic, until=until)("which?")
     assert caught.value is error
+
+
+# ── Samples of a cached function ───
+
+
+async def test_the_first_sample_is_the_answer_of_a_plain_call_and_no_two_are_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMBER_CACHE_DIR", str(tmp_path))
+    asked = itertools.count(1)
+
+    @cache
+    async def ask(prompt: str) -> int:
+        return next(asked)
+
+    @cache
+    async def other(prompt: str) -> str:
+        return "other"
+
+    assert await ask("q") == 1
+    assert await ensemble(other, ask)("q") == ["other", 1]
+    assert await ensemble(ask, n=12)("q") == [*range(1, 13)]
+    assert await ensemble(ask, retry(ask), ask)("q") == [1, 2, 3]
+    nested = await ensemble(ensemble(ask, n=3), n=3)("q")
+    assert len({number for inner in nested for number in inner}) == 9
+    assert nested[0] == [1, *nested[0][1:]]
+    assert await ensemble(ensemble(ask, n=3), n=3)("q") == nested
