@@ -30,7 +30,10 @@ class Order:
 
 @prompt(local)
 async def tone(review: str) -> Literal["positive", "negative"]:
-    """Is the tone of this sentence positive or negative? {review}"""
+    """Say whether the tone of this sentence is positive or negative.
+
+    {review}
+    """
 
 
 @prompt(local)
@@ -40,7 +43,8 @@ async def order(mail: str) -> Order:
     Order: Five green pans, please. I live in Paris.
     {{"quantity": 5, "colour": "green", "product": "pan", "city": "Paris"}}
 
-    Order: {mail}"""
+    Order: {mail}
+    """
 
 
 async def main() -> None:

@@ -7,7 +7,7 @@ says, which costs nothing more. Words on the command line are asked instead.
 import asyncio
 import sys
 
-from ember import ensemble, majority_vote, models, predict
+from ember import ensemble, fallback, majority_vote, models, predict
 
 DEMOS = [
     {"question": "Ann has 5 apples and eats 2. How many has she left?",
@@ -22,9 +22,8 @@ chains = ensemble(*(
     predict("question -> answer: int", model=variant, reasoning=True, demos=DEMOS)
     for variant in variants
 ))  # fmt: skip
-compare = predict(
-    "question, attempts: list -> answer: int", model=local.using(temperature=0), reasoning=True,
-)  # fmt: skip
+careful = fallback(*(local.using(temperature=t) for t in (0, 0.3, 0.6)))  # if one does not end
+compare = predict("question, attempts: list -> answer: int", model=careful, reasoning=True)
 
 
 async def main() -> None:

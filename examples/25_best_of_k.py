@@ -9,7 +9,7 @@ import asyncio
 from ember import best_of, models
 
 WANTED = ["boat", "night", "sea", "wind"]
-write = models.local.using(temperature=0.8, max_tokens=40, stop="\n")
+write = models.local.using(temperature=0.8, max_tokens=30, stop="\n")
 
 
 def score(story: object) -> int:

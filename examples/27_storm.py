@@ -15,7 +15,7 @@ from ember import gather, graph, models, parallel, prompt, track
 
 SIDES = ["a child", "a scientist"]
 Heading = Annotated[str, Field(description="two or three words", max_length=30)]
-local = models.local.using(temperature=0, max_tokens=30, stop="\n")
+local = models.local.using(temperature=0, max_tokens=20, stop="\n")
 
 
 @prompt(models.local.using(temperature=0, max_tokens=100))
@@ -28,7 +28,7 @@ async def question(topic: str, heading: str, side: str) -> str:
     """Write a question that {side} has on {topic}, on "{heading}"."""
 
 
-@prompt(local.using(max_tokens=100))
+@prompt(local.using(max_tokens=40))
 async def section(topic: str, heading: str, notes: list[str]) -> str:
     """Write a paragraph on {topic}, on "{heading}", from these notes: {notes}."""
 
