@@ -359,7 +359,7 @@ async def test_a_wrong_answer_is_asked_for_again_with_the_error_and_all_is_paid_
 
 async def test_after_three_wrong_answers_the_last_one_is_in_the_error() -> None:
     ask, script = played("seven")
-    with pytest.raises(ReplyError, match=r"no valid <class 'int'> in 3 answers") as caught:
+    with pytest.raises(ReplyError, match=r"no valid int in 3 answers") as caught:
         await ask("a number", output=int)
     assert caught.value.raw["choices"][0]["message"]["content"] == "seven"
     assert len(script.bodies) == 3

@@ -6,6 +6,7 @@ when no outcome of the samples that are left changes the winner, ties go to the 
 
 import functools
 import itertools
+import json
 import pickle
 import random
 import threading
@@ -531,3 +532,17 @@ async def test_the_samples_are_asked_with_all_arguments() -> None:
 
     await consensus(ask, n=3)("which?", 1, 2, style="short", seed=7)
     assert asked == [("which?", (1, 2), "short", {"seed": 7})] * 2
+
+
+async def test_chains_of_thought_agree_by_their_answers(tmp_path: Path) -> None:
+    numbers = itertools.count()
+
+    async def model(prompt: str) -> str:
+        number = next(numbers)
+        answer = "Rome" if number == 0 else ["Paris.", "paris"][number % 2]
+        return json.dumps({"reasoning": f"thought {number}", "answer": answer})
+
+    ask = ember.predict("question -> answer", model=model, reasoning=True)
+    found = await consensus(ask, n=9)("What is the capital of France?")
+    assert (found.answer.answer, found.share, next(numbers)) == ("paris", 5 / 6, 6)
+    assert found.counts == {"Rome": 1, "paris": 5}

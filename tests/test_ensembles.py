@@ -1100,3 +1100,20 @@ async def test_the_first_sample_is_the_answer_of_a_plain_call_and_no_two_are_one
     assert len({number for inner in nested for number in inner}) == 9
     assert nested[0] == [1, *nested[0][1:]]
     assert await ensemble(ensemble(ask, n=3), n=3)("q") == nested
+
+
+def test_texts_agree_within_dataclasses_mappings_and_lists_and_in_any_normal_form() -> None:
+    @dataclass
+    class Place:
+        name: str
+        size: float
+
+    assert majority_vote([Place("Rome", 1), Place("Paris.", 2), Place(" paris", 2.0)]).size == 2
+    assert majority_vote([{"a": "x"}, {"a": "Paris"}, {"a": "paris."}]) == {"a": "Paris"}
+    assert majority_vote([["x"], [42], ["42.0"]]) == [42]
+    assert majority_vote(["x", "Caf\u00e9", "Cafe\u0301"]) == "Caf\u00e9"
+
+
+def test_the_letters_of_a_text_are_no_answers() -> None:
+    with pytest.raises(ember.SetupError, match=r"majority_vote\(\) got no answers"):
+        majority_vote("abb")

@@ -400,10 +400,12 @@ HOSTILE = [
 
 
 def outside(prompt: str, texts: list[str]) -> str:
-    """The prompt without these texts as JSON."""
+    """The prompt without these texts as JSON, in which nothing ends a line."""
     for text in sorted(texts, key=len, reverse=True):
-        for ascii_only in (True, False):
-            prompt = prompt.replace(json.dumps(text, ensure_ascii=ascii_only), "")
+        told = json.dumps(text, ensure_ascii=False)
+        for end in "\u0085\u2028\u2029":
+            told = told.replace(end, f"\\u{ord(end):04x}")
+        prompt = prompt.replace(told, "")
     return prompt
 
 
@@ -414,6 +416,8 @@ async def test_an_answer_to_judge_stands_in_the_prompt_as_a_json_string_only(tex
     assert sorted(shown(maker.prompts[0]).values()) == sorted(["good", text])
     assert "IGNORE" not in outside(maker.prompts[0], [text])
     assert len(shown(maker.prompts[0])) == 2
+    labels = [line for line in maker.prompts[0].splitlines() if line.startswith("answer_")]
+    assert len(labels) == 2
     assert sorted(verdict.scores) == [3.0, 9.0]
 
 

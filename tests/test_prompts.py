@@ -2005,3 +2005,86 @@ async def test_a_prediction_runs_on_the_local_model() -> None:
     found = await find("I love this film. It is wonderful.")
     assert found.mood in {"good", "bad"}
     assert isinstance(found.sure, bool)
+
+
+# ── What plain functions answer, and descriptions in any place ───
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "value"),
+    [
+        (Literal["spam", "ham"], " spam\n", "spam"),
+        (Literal["spam", "ham"], '{"value": "ham"}', "ham"),
+        (Colour, "blue", Colour.BLUE),
+        (Annotated[str, "a capital"], "Paris", "Paris"),
+        (str | None, "Paris", "Paris"),
+        (date, "2026-11-21", date(2026, 11, 21)),
+        (int, "42", 42),
+    ],
+)
+async def test_a_function_may_answer_in_plain_words(kind: Any, text: str, value: Any) -> None:
+    model, prompts = scripted(text)
+
+    @prompt(model)
+    async def answer(question: str) -> kind:
+        """{question}"""
+
+    assert await answer("which?") == value
+    assert len(prompts) == 1
+
+
+Told = Annotated[str, "what it is"]
+
+
+class Loose(TypedDict):
+    """Fields that must be there, and that may be missing."""
+
+    must: typing.Required[Told]
+    may: typing.NotRequired[Annotated[str, "what may be"]]
+
+
+class Cat(BaseModel):
+    kind: Literal["cat"]
+    name: Annotated[str, "its name"]
+
+
+class Dog(BaseModel):
+    kind: Literal["dog"]
+    name: Annotated[str, "what it hears"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "texts"),
+    [
+        (list[tuple[Told, ...]], ["what it is"]),
+        (dict[str, Told], ["what it is"]),
+        (Loose, ["what it is", "what may be"]),
+        (
+            Annotated[Cat | Dog, Field(discriminator="kind")],
+            ["its name", "what it hears"],
+        ),
+    ],
+)
+def test_a_description_is_found_wherever_a_type_stands(kind: Any, texts: list[str]) -> None:
+    schema = json.dumps(ember._adapter(kind)[1])
+    assert [text for text in texts if f'"description": "{text}"' not in schema] == []
+
+
+async def test_sets_are_said_in_one_order_and_bytes_as_their_text() -> None:
+    assert await taking(set[str])({"b", "c", "a"}) == '<["a", "b", "c"]>'
+    assert await taking(Any)(b"\xffa") == "<\ufffda>"
+
+
+def test_an_argument_of_a_type_that_is_not_to_be_found_is_a_setup_error(run: Run) -> None:
+    @dataclasses.dataclass
+    class Part:
+        other: "Nowhere"  # type: ignore[name-defined]  # noqa: F821
+
+    @prompt(echo)
+    async def tell(part: Part) -> str:
+        """{part}"""
+
+    error = failing(run, lambda: tell({"other": 1}))
+    assert isinstance(error, ember.SetupError)
+    assert "tell()" in str(error)
+    assert "Nowhere" in str(error) or "Part" in str(error)

@@ -801,3 +801,18 @@ def test_the_strict_check_of_messages_finds_what_is_wrong(spoil: Callable[[Any],
     assert message_problems(right) == []
     spoil(right)
     assert message_problems(right) != []
+
+
+def test_what_llama_cpp_can_hold_to_stays_in_the_schema() -> None:
+    number, text = {"type": "integer", "minimum": 1, "maximum": 10}, {"type": "string"}
+    schema = {
+        "type": "object", "required": ["a", "b", "c"],
+        "properties": {"a": number, "b": {**text, "maxLength": 300}, "c": {**text, "maxLength": 5000}},
+    }  # fmt: skip
+    request = ember.Request("m", [{"role": "user", "content": "x"}], schema=schema)
+    for row, kept in (("local", True), ("llamacpp", True), ("openai", False)):
+        body = ember.providers[row].encode(request)
+        sent = body["response_format"]["json_schema"]["schema"]["properties"]
+        assert (sent["a"] == number, "maxLength" in sent["b"]) == (kept, kept)
+        assert "maxLength" not in sent["c"]  # a grammar of so many rules is refused
+        assert sent["c"]["description"] == "maxLength: 5000"
