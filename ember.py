@@ -4192,7 +4192,7 @@ def _normalised(answer: Any) -> Any:
     text = unicodedata.normalize("NFC", answer if isinstance(answer, str) else "").casefold()
     text = " ".join(text.split()).rstrip(".!").rstrip()
     with suppress(InvalidOperation):
-        number = Decimal(text or (repr(answer) if isinstance(answer, float) else answer))
+        number = Decimal(text or (str(answer) if isinstance(answer, float) else answer))
         return number if number.is_finite() else str(number)
     return text
 

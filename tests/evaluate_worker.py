@@ -2,6 +2,7 @@
 
 python evaluate_worker.py run URL COUNT PATH   COUNT rows against a server, 8 at once; prints {n, …}
 python evaluate_worker.py hold PATH            an evaluation that does not end, after a line
+python evaluate_worker.py bot KIND PATH        a method, an object or a closure; prints its calls
 python evaluate_worker.py full PATH BYTES      one where no file may be longer
 """
 
@@ -41,6 +42,30 @@ async def hold(path: str) -> None:
         return text
 
     await evaluate(wait, [("a", "a")], resume=path)
+
+
+class Bot:
+    """An object that answers, and remembers."""
+
+    def __init__(self) -> None:
+        self.calls, self.lock, self.tags = list[str](), asyncio.Lock(), {"a", "b", "c"}
+
+    async def __call__(self, text: str) -> str:
+        """The text."""
+        self.calls.append(text)
+        return text
+
+
+async def bot(kind: str, path: str) -> None:
+    """How often an object is called that is held in this way."""
+    one = Bot()
+
+    async def closure(text: str) -> str:
+        return await one(text)
+
+    fn = {"method": one.__call__, "object": one, "closure": closure}[kind]
+    await evaluate(fn, rows(8), resume=path)
+    print(json.dumps(len(one.calls)))
 
 
 async def long(text: str) -> str:

@@ -1267,7 +1267,7 @@ THINGS = st.recursive(
     ),
     max_leaves=6,
 )
-often = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+often = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
 @often
@@ -1660,7 +1660,7 @@ def asked(request: Any) -> tuple[str, Any]:
     return key, (name.partition(":")[0], json.dumps(depends, default=str, sort_keys=True))
 
 
-@settings(often, max_examples=120)
+@often
 @given(REQUESTS, REQUESTS, st.sampled_from([0, 1, 2]))
 def test_two_requests_share_a_key_if_and_only_if_they_are_the_same(
     one: Any, other: Any, alike: int

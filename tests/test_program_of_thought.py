@@ -162,8 +162,9 @@ async def test_a_program_that_prints_endlessly_is_ended(
     ids=["bytes", "list", "buffer"],
 )
 async def test_a_program_gets_no_more_memory_than_its_own(
-    example: ModuleType, program: str
+    example: ModuleType, monkeypatch: pytest.MonkeyPatch, program: str
 ) -> None:
+    monkeypatch.setattr(example, "LIMITS", (20, *example.LIMITS[1:]))  # memory is what runs out
     run = await example.run(program)
     assert not run.ok
     assert "MemoryError" in run.printed

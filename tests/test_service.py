@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -40,6 +41,13 @@ USD = (11 * 1000 + 7 * 2000) / 1e6  # what each scripted answer costs
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache for each test."""
     monkeypatch.setenv("EMBER_CACHE_DIR", str(tmp_path))
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """uvicorn looks every 2 ms, not every 100, whether it is to end, and waits no longer then."""
+    short = {**vars(asyncio), "sleep": lambda _: asyncio.sleep(0.002)}
+    monkeypatch.setattr("uvicorn.server.asyncio", SimpleNamespace(**short))
 
 
 @dataclass
@@ -298,6 +306,17 @@ async def test_a_wrong_request_is_refused_before_a_model_is_asked(
     client: httpx.AsyncClient, server: Server, path: str, body: Any
 ) -> None:
     assert (await client.post(path, json=body)).status_code == 422
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("path", ["/answer", "/best", "/stream"])
+async def test_half_a_character_is_refused_and_not_sent_back(
+    client: httpx.AsyncClient, server: Server, path: str
+) -> None:
+    body, kind = b'{"question": "my secret \\ud800"}', {"Content-Type": "application/json"}
+    got = await client.post(path, content=body, headers=kind)
+    assert (got.status_code, [*got.json()]) == (422, ["error"])
+    assert "secret" not in got.text
     assert server.requests == []
 
 
@@ -627,7 +646,7 @@ async def test_ledgers_do_not_pile_up_behind_requests_that_are_over(
 ) -> None:
     def alive() -> int:
         gc.collect()
-        return sum(isinstance(one, ember.Ledger | ember.Attempt) for one in gc.get_objects())
+        return sum(type(one) in {ember.Ledger, ember.Attempt} for one in gc.get_objects())
 
     before = alive()
     for number in range(200):
@@ -652,7 +671,8 @@ def test_the_second_line_of_the_docstring_starts_it_and_a_signal_ends_it() -> No
 
 @pytest.mark.skipif(not LOCAL, reason="the extra `local` is not installed")
 async def test_the_model_inside_the_process_answers_streams_and_is_judged() -> None:
-    with running(service.create_app()) as host:
+    answering = [one.using(max_tokens=30) for one in service.ANSWERING]
+    with running(service.create_app(answering)) as host:
         async with httpx.AsyncClient(base_url=host.url, timeout=60) as client:
             france = asking("What is the capital of France?")
             answer = (await client.post("/answer", **france)).json()
