@@ -24,6 +24,7 @@ from test_concurrency import Watch, on_both
 import ember
 from ember import (
     Reply,
+    Usage,
     Verdict,
     Verification,
     cache,
@@ -735,3 +736,19 @@ async def test_a_judge_speaks_both_wires(server: Server, connect: Connect, wire:
     server.play(script)
     verdict = await judge(connect(wire))("which?", ["a", "aaa"])
     assert (verdict.answer, verdict.scores) == ("aaa", (1.0, 3.0))
+
+
+@pytest.mark.parametrize("answer", [Reply("b", "b", Usage(1, 2), 0.1, raw={"x": 1}), "b", {"b": 2}])
+@pytest.mark.parametrize("make", [judge, verify])
+async def test_a_cache_keeps_what_is_said_of_any_answer(
+    make: Callable[..., Any], answer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMBER_CACHE_DIR", str(tmp_path))
+    maker = Judge()
+    ask = ember.cache(make(maker.ask))
+    first = await ask("which?", [answer] if make is judge else answer)
+    again = await ask("which?", [answer] if make is judge else answer)
+    assert first == again
+    assert first.answer == answer
+    assert type(again.answer) is type(answer)
+    assert len(maker.prompts) == 1
