@@ -4371,6 +4371,16 @@ def _takes(fn: Any, name: str) -> bool:
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
+def _said(output: Any, reply: Reply[Any]) -> Any:
+    """The value in a text: in JSON, or in plain words where the type is read from them."""
+    try:
+        return _typed(output, reply)
+    except (ValueError, RecursionError):
+        with suppress(ValueError):
+            return _adapter(output)[0].validate_python(reply.text.strip())
+        raise
+
+
 async def _reply_of(model: Any, prompt: str, output: Any = None, **options: Any) -> Reply[Any]:
     """The reply of any async function to a prompt; `.data` is of type `output`, else the text.
 
@@ -4400,16 +4410,6 @@ async def _reply_of(model: Any, prompt: str, output: Any = None, **options: Any)
             problem = str(error)
         wrong = f"\n\nYou have answered:\n{reply.text}\n\n{_AGAIN.format(problem=problem)}"
     raise ReplyError(f"{_name(model)}: {_no_valid(output, 3, problem)}", raw=reply.text)
-
-
-def _said(output: Any, reply: Reply[Any]) -> Any:
-    """The value in a text: in JSON, or in plain words where the type is read from them."""
-    try:
-        return _typed(output, reply)
-    except (ValueError, RecursionError):
-        with suppress(ValueError):
-            return _adapter(output)[0].validate_python(reply.text.strip())
-        raise
 
 
 def _itself(fn: Callable[P, Coroutine[Any, Any, R]]) -> Fn[P, R]:
