@@ -358,7 +358,8 @@ class Ledger:
     ) -> None:
         self.calls, self.on_call = list(calls), on_call
         self.saves = list(hits)  # of caches: the function, and the dollars saved
-        self.over, self._tokens = False, list[Token[tuple[Ledger, ...]]]()
+        self.over = False
+        self._tokens: list[Token[tuple[Ledger, ...]]] = []
 
     def __enter__(self) -> Self:
         self.over, ledgers = False, _context.ledgers.get()
@@ -2393,6 +2394,8 @@ def _unwrapped(fn: Any, through: Sequence[str] = ("wrapper",)) -> Any:
 
 def _is_own(fn: Any, *names: str) -> bool:
     """Whether a function is one that Ember has made, under one of these names."""
+    if inspect.ismethod(fn):  # it has all that its function has, and an object
+        return False
     code = getattr(fn, "__code__", None)
     return isinstance(code, types.CodeType) and code.co_filename == _FILE and code.co_name in names
 

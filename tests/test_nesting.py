@@ -3,6 +3,7 @@
 import contextlib
 import socket
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +190,21 @@ async def test_each_attempt_of_a_stack_has_one_place_in_the_path(
     names = {name for path in paths for name in path}
     assert [len(path) for path in paths] == [1, 1, 1]
     assert len(names) == 1
+
+
+@pytest.mark.parametrize("around", [ember.retry, ember.cache, ember.batch, ember.limit(rpm=600)])
+async def test_a_decorated_method_that_is_bound_may_be_decorated_again(
+    around: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMBER_CACHE_DIR", str(tmp_path))
+
+    @dataclass(frozen=True)
+    class Bot:
+        name: str
+
+        @ember.retry
+        async def ask(self, question: str) -> str:
+            return f"{self.name}: {question}"
+
+    assert await around(Bot("a").ask)("q") == "a: q"
+    assert await ember.ensemble(Bot("a").ask, Bot("b").ask)("q") == ["a: q", "b: q"]

@@ -807,7 +807,9 @@ def test_what_llama_cpp_can_hold_to_stays_in_the_schema() -> None:
     number, text = {"type": "integer", "minimum": 1, "maximum": 10}, {"type": "string"}
     schema = {
         "type": "object", "required": ["a", "b", "c"],
-        "properties": {"a": number, "b": {**text, "maxLength": 300}, "c": {**text, "maxLength": 5000}},
+        "properties": {
+            "a": number, "b": {**text, "maxLength": 300}, "c": {**text, "maxLength": 5000},
+        },
     }  # fmt: skip
     request = ember.Request("m", [{"role": "user", "content": "x"}], schema=schema)
     for row, kept in (("local", True), ("llamacpp", True), ("openai", False)):
