@@ -35,7 +35,10 @@ def load(path: str | Path, sample: int | None = None, seed: int = 0) -> list[Any
         raise SetupError(f"load: {path} is of no kind that is read: {', '.join(_READERS)}")
     rows = list(read(path))
     if sample is not None and not (ember._is_count(sample) and sample <= len(rows)):
-        raise SetupError(f"load: sample={sample!r} of the {len(rows)} rows in {path}. Take fewer")
+        what = f"sample={sample!r} of the {len(rows)} rows in {path}. Take 1 to {len(rows)}"
+        raise SetupError(f"load: {what}, or leave it out for all")
+    if sample is None:
+        return rows
     ranked = sorted(range(len(rows)), key=lambda index: digest(f"{seed}:{index}"))
     return [rows[index] for index in sorted(ranked[:sample])]
 
@@ -63,8 +66,9 @@ def json_value(path: Any, line: int, text: str | bytes) -> Any:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        wrong_line(path, line - 1 + getattr(error, "lineno", 1), f"no JSON: {error}")
-    if not ember._is_dict(value) and not ember._is_list(value):
+        what = f"no JSON: {getattr(error, 'msg', error)}"
+        wrong_line(path, line - 1 + getattr(error, "lineno", 1), what)
+    if type(value) not in {dict, list}:
         wrong_line(path, line, f"{value!r:.80} is no object or array")
     return value
 
@@ -78,12 +82,19 @@ def _json_lines(path: Any) -> list[Any]:
 def _json_array(path: Any) -> list[Any]:
     """The rows of a file that is one array."""
     rows = json_value(path, 1, _read(path))
-    return rows if ember._is_list(rows) else wrong_line(path, 1, "no array of rows")
+    if not ember._is_list(rows):
+        wrong_line(path, 1, "no array of rows")
+    for number, row in enumerate(rows, 1):
+        if type(row) not in {dict, list}:
+            raise SetupError(f"load: {path}: row {number}: {row!r:.80} is no object or array")
+    return rows
 
 
 def _table(path: Any, delimiter: str = ",") -> Iterable[Any]:
     """The rows of a file with commas or tabs, by the names in its first line."""
-    table = csv.DictReader(io.StringIO(_read(path), ""), delimiter=delimiter, strict=True)
+    text = _read(path)
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # there is one for all readers
+    table = csv.DictReader(io.StringIO(text, ""), delimiter=delimiter, strict=True)
     try:
         names = table.fieldnames or [""]
         if "" in names or len({*names}) < len(names):
@@ -103,7 +114,12 @@ def _parquet(path: Any) -> list[Any]:
         parquet: Any = importlib.import_module("pyarrow.parquet")
     except ImportError:
         raise SetupError(f"load: {path} needs pyarrow. Install it: pip install pyarrow") from None
-    return list(parquet.read_table(path).to_pylist())
+    try:
+        return list(parquet.read_table(path).to_pylist())
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # noqa: BLE001
+        raise SetupError(f"load: {path} is no Parquet file that can be read: {error}") from None
 
 
 _READERS: dict[str, Callable[[Any], Iterable[Any]]] = {

@@ -20,8 +20,8 @@ import contextlib
 import inspect
 import json
 import math
+import sys
 import time
-import weakref
 from collections import Counter
 from collections.abc import AsyncIterable, Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -60,8 +60,8 @@ def _interval(scores: Scores) -> tuple[float, float]:
     if not _is_binary(scores):
         return _percentiles(_means(scores), n)
     width, half = _Z**2 / n, _Z * math.sqrt((mean * (1 - mean) + _Z**2 / n / 4) / n)
-    low, high = mean + width / 2 - half, mean + width / 2 + half
-    return max(0.0, low / (1 + width)), min(1.0, high / (1 + width))
+    low, high = (mean + width / 2 - half) / (1 + width), (mean + width / 2 + half) / (1 + width)
+    return low if mean > 0 else 0.0, high if mean < 1 else 1.0
 
 
 def _means(values: Scores, most: int = 10_000) -> Scores:
@@ -148,10 +148,11 @@ class Comparison:
 class Report:
     """What a function scored: `print(report)` is a summary, `report.to_json()` has everything.
 
-    `interval`: of the mean, 95%. `failures`: the rows that were not answered, or not scored; they
-    count 0. `cost`: US dollars for all rows, resumed ones too; None where a price is unknown.
-    `seconds`: how long the run took. `p50`, `p95`: the latency, in seconds, that so many of the
-    answered rows did not exceed. `rows`: all, in the data set's order.
+    `interval`: of the mean, 95%. `failures`: a list of the rows that were not answered, or not
+    scored; they count 0, and are among `rows` too. `cost`: US dollars for all rows, resumed ones
+    too; None where a price is unknown. `seconds`: how long the run took. `p50`, `p95`: the latency,
+    in seconds, that so many of the answered rows did not exceed. `rows`: all, in the data set's
+    order.
     """
 
     name: str
@@ -221,10 +222,12 @@ def _scores(rows: Sequence[Row]) -> dict[str, float]:
 
 def _keys(rows: Sequence[Row]) -> list[str]:
     """A key for each row: a hash of input and expected, and which of several equal ones it is."""
-    seen, keys = Counter[str](), list[str]()
+    seen, keys, plain = Counter[str](), list[str](), {str, int, float, bool, type(None)}
     for number, row in enumerate(rows, 1):
-        try:
-            key = digest(ember._form((row.input, row.expected)))[:32]
+        pair = (row.input, row.expected)
+        try:  # repr() is as exact for what is plain, and quicker
+            form = repr(pair) if plain.issuperset(map(type, pair)) else ember._form(pair)
+            key = digest(form)[:32]
         except (TypeError, RecursionError) as error:
             raise SetupError(f"row {number}: {error}. Use texts, numbers, dataclasses") from None
         seen[key] += 1
@@ -289,8 +292,7 @@ async def _answered(fn: Fn[..., Any], metric: Callable[[Any, Any], Any], row: Ro
             named = issubclass(type(row.input), Mapping)
             output = await (fn(**row.input) if named else fn(row.input))
         ended = time.perf_counter()
-        score = metric(output, row.expected)
-        score = await score if inspect.isawaitable(score) else score
+        score = await ember._awaited(metric(output, row.expected))
         if not hasattr(score, "__float__") or not math.isfinite(score):
             what = f"{ember._name(metric)}() gave {score!r:.80}, not a finite number"
             raise ValueError(what)  # noqa: TRY301
@@ -310,8 +312,10 @@ def _report(name: str, rows: list[Row], started: float) -> Report:
     times = [row.seconds for row in rows if row.error is None] or [math.nan]
     p50, p95 = map(float, np.quantile(times, (0.5, 0.95), method="inverted_cdf"))
     cost, seconds = _total([row.cost for row in rows]), time.perf_counter() - started
-    about = (name, len(rows), float(scores.mean()), _interval(scores), cost, seconds, p50, p95)
-    return Report(*about, failures, tuple(rows))
+    return Report(
+        name=name, n=len(rows), mean=float(scores.mean()), interval=_interval(scores), cost=cost,
+        seconds=seconds, p50=p50, p95=p95, failures=failures, rows=tuple(rows),
+    )  # fmt: skip
 
 
 def _total(costs: list[float | None]) -> float | None:
@@ -332,15 +336,20 @@ def _record(
         return
     keys = _keys(rows)
     data = f"{len(keys)} rows {digest(''.join(sorted(keys)))[:16]}"
-    belongs = {"function": _identity(fn), "metric": _identity(metric), "data set": data}
-    with Path(path).open("ab+", buffering=0) as file:
+    with (
+        Path(path).open("ab+", buffering=0) as file, _identity(fn) as function,
+        _identity(metric) as scorer,
+    ):  # fmt: skip
         _lock(file, path)
-        found = _found(file, path, {"format": 1, **belongs}, keys)
+        belongs = {"format": 1, "function": function, "metric": scorer, "data set": data}
+        found = _found(file, path, belongs, keys)
 
         def keep(number: int, row: Row) -> None:
-            if row.error is None:
-                told = {"score": row.score, "seconds": row.seconds, "cost": row.cost}
-                _add(file, {"key": keys[number], **told, "output": _plain(row.output)})
+            if row.error is None:  # repr() is as good for floats, and quicker
+                cost = "null" if row.cost is None else repr(row.cost)
+                output = json.dumps(_plain(row.output))
+                told = f'"score": {row.score!r}, "seconds": {row.seconds!r}, "cost": {cost}'
+                _add(file, f'{{"key": "{keys[number]}", {told}, "output": {output}}}\n')
 
         todo = [number for number, key in enumerate(keys) if key not in found]
         for number in {*range(len(keys))}.difference(todo):
@@ -348,23 +357,56 @@ def _record(
         yield todo, keep
 
 
-# What a function was when it was first evaluated: a list that it appends to changes nothing.
-_identities: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+# What a function has become in a run → what it was: a list that it appends to changes nothing.
+# While it runs, it goes by its id.
+_was: dict[object, str] = {}
 
 
-def _identity(fn: Any) -> str:
-    """A function's name, and a hash of what it does, as far as another process can tell it."""
-    question = ember._Question(fn, str)
-    inner = question.inner
-    with contextlib.suppress(KeyError, TypeError):  # not all callables can be kept
-        return _identities[inner]
-    held = [getattr(inner, "__defaults__", None), getattr(inner, "__kwdefaults__", None)]
-    forms = [question.about() or ember._form(inner, lenient=True), ember._form(held, lenient=True)]
-    told = [form for form in forms if ember._PROCESS not in form]
-    identity = f"{question.who} {digest(str(told))[:16]}"
-    with contextlib.suppress(TypeError):
-        _identities[inner] = identity
-    return identity
+@contextlib.contextmanager
+def _identity(fn: Any) -> Generator[str]:
+    """A function's name, and a hash of what it does, as far as any process can tell it."""
+    owner = getattr(fn, "__self__", fn)
+    running = (id(owner), id(getattr(fn, "__func__", fn)))
+
+    def form() -> str:
+        held = object.__getstate__(owner) if ember._parts(owner) is None else None
+        return _lasting([fn, held], {})
+
+    was = _was[running] = _was.get(running) or _was.get(now := form(), now)
+    try:
+        yield f"{ember._home(fn)}.{getattr(fn, '__qualname__', ember._name(fn))} {was[:16]}"
+    finally:
+        _was.pop(running, None)
+        _was[form()] = was
+
+
+def _lasting(value: Any, seen: dict[int, tuple[Any, str]]) -> str:
+    """What any process says of a value: of an object its class, the code of that, and attributes.
+
+    What is of Python or of installed packages, and has no canonical form, is only its class.
+    """
+    while inspect.isfunction(value) and ember._is_own(value, "wrapper"):
+        value = value.__dict__["__wrapped__"]
+    kind: Any = value.__class__
+    parts = ember._parts(value)
+    if parts is None:
+        with contextlib.suppress(TypeError):
+            return ember._form(value)
+    if id(value) not in seen:
+        seen[id(value)] = value, f"again:{len(seen)}"
+        file = str(getattr(sys.modules.get(kind.__module__), "__file__", ""))
+        foreign = "-packages" in file and kind.__module__ != "__main__"
+        foreign = foreign or kind.__module__.partition(".")[0] in _FOREIGN
+        parts = [*(parts or ()), None if foreign else object.__getstate__(value)]
+        forms = [_lasting(one, seen) for one in parts]
+        forms = sorted(forms) if kind in {set, frozenset} else forms
+        name = f"{kind.__module__}.{kind.__qualname__}" if foreign else ember._class_form(kind)
+        told = f"{name}({','.join(forms)})".replace("__mp_main__", "__main__")
+        seen[id(value)] = value, digest(told)
+    return seen[id(value)][1]
+
+
+_FOREIGN = {*sys.stdlib_module_names, "ember", "ember_accel"}
 
 
 def _lock(file: Any, path: Any) -> None:
@@ -396,15 +438,19 @@ def _found(file: Any, path: Any, belongs: dict[str, Any], keys: list[str]) -> di
         entry = ember._object(value)
         if entry.keys() != {"key", *kept} or (key := str(entry["key"])) not in known:
             wrong_line(path, number, "not written by evaluate() for this data set")
+        cost = 0.0 if entry["cost"] is None else entry["cost"]
+        numbers = [entry["score"], entry["seconds"], cost]
+        if not all(isinstance(one, int | float) and math.isfinite(one) for one in numbers):
+            wrong_line(path, number, "score, seconds or cost is no number")
         found[key] = {name: entry[name] for name in kept}
     file.truncate(sum(len(line) + 1 for line in lines))
     if not lines:
-        _add(file, belongs)
+        _add(file, f"{json.dumps(belongs)}\n")
     return found
 
 
-def _add(file: Any, told: dict[str, Any]) -> None:
-    """Write a line, at once unless the disk is full."""
-    line = f"{json.dumps(told)}\n".encode()
+def _add(file: Any, text: str) -> None:
+    """Append a text by one write; by more where the system takes a part, as of a full disk."""
+    line = text.encode()
     while line:
         line = line[file.write(line) :]

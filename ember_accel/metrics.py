@@ -13,6 +13,8 @@ read, is a ValueError: it becomes a failure of the report, not a silent 0.
 
 from __future__ import annotations
 
+import contextlib
+import decimal
 import enum
 import math
 import re
@@ -46,13 +48,27 @@ def _texts(expected: Any) -> list[str]:
 def exact(output: Any, expected: Any) -> bool:
     r"""Whether the output equals what is expected, or one of a list: by value, or as a text.
 
-    >>> exact(" Paris\n", "Paris"), exact(42, "42"), exact("paris", ["Paris", "Lutetia"])
+    A number and the text of one are compared as numbers; a bool is also `true` or `false`.
+
+    >>> exact(" Paris\n", "Paris"), exact(42, "42.0"), exact("paris", ["Paris", "Lutetia"])
     (True, True, False)
     """
     value = _value(output)
     if value is None or expected is None or value == expected:
         return bool(value == expected)
-    return str(value).strip() in [text.strip() for text in _texts(expected)]
+    return any(_same(value, one) for one in (expected if ember._is_list(expected) else [expected]))
+
+
+def _same(value: Any, expected: Any) -> bool:
+    """Whether two values have the same text, or mean the same number or bool."""
+    texts = [_text(one).strip() for one in (value, expected)]
+    given = (value, _value(expected))
+    if any(isinstance(one, bool) for one in given):
+        texts = [text.lower() for text in texts]
+    elif any(isinstance(one, int | float) for one in given):
+        with contextlib.suppress(ArithmeticError):  # no number
+            return decimal.Decimal(texts[0]) == decimal.Decimal(texts[1]) or texts[0] == texts[1]
+    return texts[0] == texts[1]
 
 
 def contains(output: Any, expected: Any) -> bool:
@@ -144,27 +160,34 @@ _LETTER = (
     r"|[a-z](?=[\s*_]*(?:[.,;:!)\]*_}\"'`$]+(?:\s|$)|$)))"
 )
 _GAP = r"[\W_]*(?:(?:boxed|text\w*|math\w+|option|choice|letter|answer)[\W_]+){0,4}"
-_STATED = re.compile(  # as the answer
-    rf"(?:\b(?i:answer\b[^.\n]{{0,40}}?\b(?:is|be|was)\b|(?:option|choice)\s+(?:is|was)\b"
-    rf"|(?:answer|option|choice)\b\W{{0,9}}[:=>→-])"
-    rf"|\\boxed|\b[Ii]t(?:['\u2019]s| is| must be| should be)){_GAP}{_LETTER}"
-    r"|\b([A-Z])[)\]*_]*\s+is\s+(?:the\s+)?(?:most\s+)?(?:correct|right|best|answer)\b",
-    re.MULTILINE,
-)
-_MARKED = re.compile(  # as a choice, if it is not "not (A)"
-    r"(?<!\bnot )(?<!n't )(?:\(([A-Za-z])\)|(?<![\w(])([A-Za-z])\)"
-    r"|[*_`\"“\[]([A-Z])[.:]?[*_`\"”\]]"
-    r"|^[^\w\n]*([A-Z])(?:[.:,]\s|[^\w\n]*$)|\b(?i:but|choose|hence|pick|select|so|therefore|thus"
-    rf"|with){_GAP}{_LETTER}(?!\s+(?:is|are)))",
-    re.MULTILINE,
-)
+_STATED = [  # as the answer
+    rf"\b(?i:answer\b[^.\n]{{0,40}}?\b(?:is|be|was)\b){_GAP}{_LETTER}",
+    rf"\b(?i:(?:option|choice)(?:\s+[a-z]{{2,}}){{0,3}}?\s+(?:is|was)\b){_GAP}{_LETTER}",
+    rf"\b(?i:answer|option|choice)\b\W{{0,9}}[:=>→-]{_GAP}{_LETTER}",
+    rf"(?:\\boxed|\b[Ii]t(?:['\u2019]s| is| must be| should be)){_GAP}{_LETTER}",
+    r"\b([A-Z])[)\]*_]*\s+(?:is|fits)\s+(?:the\s+)?(?:most\s+)?(?:correct|right|best|answer)\b",
+]
+_NOT = r"(?<!\bnot )(?<!n't )"
+_ENDS = r"(?![)\]*_]*\s+(?:is|are|was))"
+_CHOSEN = [  # of several, or by itself in a line
+    rf"{_NOT}\b(?i:but|choose|hence|pick|select|so|therefore|thus|with){_GAP}{_LETTER}{_ENDS}",
+    rf"{_NOT}\b(?i:option|choice|letter|answer)[\W_]+{_LETTER}{_ENDS}",
+    r"^[^\w\n]*([A-Z])[^\w\n]*$",
+]
+_OPENING = r"\A[^\w\n]*([A-Za-z])[).:*][^\n]*\n\s*\n"  # what explains it comes in a new paragraph
+_MARKED = [
+    rf"{_NOT}\(([A-Za-z])\)",
+    rf"{_NOT}(?<![\w(])([A-Za-z])\)",
+    rf"{_NOT}[*_`\"“\[]([A-Z])[.:]?[*_`\"”\]]",
+    rf"{_NOT}^[^\w\n]*([A-Z])[.:,]\s",
+]
 
 
 def choice(output: Any, expected: Any) -> bool:
     r"""Whether the output settles on the expected letter of a multiple choice.
 
     That is the last that it states as its answer ("the answer is B", "Answer: B", \boxed{B}), else
-    the last that it marks ("(B)", "B)", "**B**"), or all of it.
+    the last that it chooses ("option B", "so B") or marks ("(B)", "B)", "**B**"), or all of it.
 
     >>> choice("The answer is not A, it is B.", "B"), choice("A good question. I think (C)", "A")
     (True, False)
@@ -180,8 +203,12 @@ def _letter(output: Any) -> str:
     text = _text(output)
     if alone := re.fullmatch(r"[\W_]*([A-Za-z])[\W_]*", text):
         return alone[1].upper()
-    found = _STATED.findall(text) or _MARKED.findall(text) or [""]
-    return "".join(found[-1]).upper()
+    marked = [_OPENING] if re.match(_OPENING, text) else _MARKED
+    for patterns in (_STATED, [*_CHOSEN, *marked]):
+        matches = [one for each in patterns for one in re.finditer(each, text, re.MULTILINE)]
+        if matches:
+            return max(matches, key=lambda match: match.start(1))[1].upper()
+    return ""
 
 
 # ── 4. Models as judges ─── where no rule can tell
