@@ -27,6 +27,7 @@ from typing import Annotated, Any, NamedTuple
 import anyio
 import uvicorn
 from fastapi import Body, Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 
 import ember
@@ -88,6 +89,7 @@ def create_app(
         return HTMLResponse(page(record), headers={**policy, "Cache-Control": "no-store"})
 
     app.add_exception_handler(ember.EmberError, refusal)
+    app.add_exception_handler(RequestValidationError, mistake)
     app.add_middleware(leaving)
     return app
 
@@ -115,6 +117,11 @@ async def refusal(_: Request, error: Exception) -> JSONResponse:
     wait = getattr(error, "retry_after", None)
     headers = {} if wait is None else {"Retry-After": str(math.ceil(wait))}
     return JSONResponse({"error": str(error)}, status, headers)
+
+
+async def mistake(_: Request, error: Any) -> JSONResponse:
+    """What a client is told of a wrong request, which is not sent back: JSON may not hold it."""
+    return JSONResponse({"error": "; ".join(one["msg"] for one in error.errors())}, 422)
 
 
 def leaving(app: Any) -> Any:
