@@ -1,24 +1,21 @@
 """A network of models: three answer, and a judge picks the best answer.
 
 You will see the answers with their scores, then the judge's choice. Three variants of the small
-model in this process stand for three models. With keys, write `models.gpt4, models.claude,
-models.gemini`: the rest stays as it is. So small a judge may fail to give valid scores: `fallback`
-then asks it at a higher temperature.
+model in this process stand for three models, and so small a judge judges poorly. With keys, write
+`models.gpt4, models.claude, models.gemini`: the rest stays as it is.
 """
 
 import asyncio
 
-from ember import ensemble, fallback, judge, models
+from ember import ensemble, judge, models
 
 local = models.local.using(max_tokens=30, stop="\n")
 steady, lively, wild = (local.using(temperature=t, seed=1) for t in (0, 0.5, 1))
-careful = models.local.using(frequency_penalty=0.5, max_tokens=200)
-judging = fallback(*(careful.using(temperature=t) for t in (0, 0.3, 0.6, 0.9)))
 
 
 async def main() -> None:
     ask = ensemble(steady, lively, wild)
-    best = judge(judging)
+    best = judge(models.local.using(temperature=0))
     question = "What is the capital of France?"
     answers = await ask(question)
     verdict = await best(question, answers)

@@ -6,13 +6,12 @@ than it judges: take a larger one for `judging`.
 
 import asyncio
 
-from ember import ensemble, fallback, judge, models
+from ember import ensemble, judge, models
 
 KEEP = 2
 local = models.local.using(temperature=0.7, max_tokens=15, stop="\n")
 drafting = ensemble(*(local.using(seed=seed) for seed in range(5)), quorum=KEEP)
-careful = models.local.using(frequency_penalty=0.5, max_tokens=200)
-judging = fallback(*(careful.using(temperature=t) for t in (0, 0.3, 0.6, 0.9)))
+judging = models.local.using(temperature=0)
 
 
 async def main() -> None:

@@ -109,19 +109,6 @@ async def test_17_network_prints_the_answer_that_the_judge_scores_best(
     assert {*shown(server.requests[3]).values()} == {*CITIES.values()}
 
 
-async def test_17_a_judge_that_gives_no_valid_scores_is_asked_at_a_higher_temperature(
-    played: Played, server: Server, capsys: Out
-) -> None:
-    def answer(seen: Seen) -> Answer:
-        is_cold = "scores" in wanted(seen) and seen.json["temperature"] == 0
-        return judgement(seen, lambda _: 237) if is_cold else capital(seen)
-
-    server.play(answer)
-    await played("17_network").main()
-    assert capsys.readouterr().out.endswith("The best one: Paris.\n")
-    assert [seen.json["temperature"] for seen in server.requests[3:]] == [0, 0, 0, 0.3]
-
-
 async def test_18_chain_of_thought_has_the_reasoning_in_its_examples_and_in_its_answer(
     played: Played, server: Server, capsys: Out
 ) -> None:
