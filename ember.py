@@ -4155,8 +4155,8 @@ async def _polled(
 def ensemble(*fns: Fn[P, R], n: int = 1, quorum: int = 1) -> Fn[P, list[R]]:
     """An async function that asks all functions `n` times each, and returns their answers in order.
 
-    Failures are left out, down to `quorum` answers; below that the error is raised, with a note
-    for each other one. Equal calls stay distinct samples, also for a cache.
+    Failures, a spent budget too, are left out, down to `quorum` answers; below that the error is
+    raised, with a note for each other one. Equal calls stay distinct samples, also for a cache.
 
     >>> ask = ensemble(models.gpt4, models.claude, models.gemini, quorum=2)
     """
@@ -4180,11 +4180,16 @@ def _is_reply(value: Any) -> TypeGuard[Reply[Any]]:
 def _normalised(answer: Any) -> Any:
     """What answers are compared by: numbers by value, texts but for case, spaces and last stops."""
     answer = answer.data if _is_reply(answer) else answer
-    if hasattr(answer.__class__, "__dataclass_fields__"):
-        parts = [getattr(answer, one.name) for one in dataclasses.fields(answer) if one.compare]
-        return (answer.__class__, *map(_normalised, parts))
-    if type(answer) in {list, tuple}:
+    kind = answer.__class__
+    names: Any = getattr(kind, "__pydantic_fields__", getattr(kind, "_fields", None))
+    if hasattr(kind, "__dataclass_fields__"):
+        names = [one.name for one in dataclasses.fields(answer) if one.compare]
+    if names is not None:
+        return (kind, *(_normalised(getattr(answer, name)) for name in names))
+    if kind in {list, tuple}:
         return tuple(map(_normalised, answer))
+    if kind in {set, frozenset}:
+        return frozenset(map(_normalised, answer))
     if _is_dict(answer):
         return frozenset((name, _normalised(one)) for name, one in answer.items())
     if not isinstance(answer, str | int | float) or isinstance(answer, bool | enum.Enum):
@@ -4213,19 +4218,27 @@ def _votes(answers: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[
     return votes
 
 
+def _one_or_more(who: str, answers: Iterable[T]) -> list[T]:
+    """The answers; SetupError if there are none."""
+    odd = isinstance(answers, str | Mapping)  # its letters, or its names, are no answers
+    given = [] if odd else [*answers]
+    if not given:
+        but = f" but {answers!r:.80}" if odd else ""
+        raise SetupError(f"{who} got no answers{but}; give it a list of one or more")
+    return given
+
+
 def majority_vote(answers: Iterable[T], key: Callable[[T], Any] = _normalised) -> T:
     """The answer that most agree on; of equally many the one that came first.
 
     key: answers with equal keys agree. By default that is the value of a number and of a reply,
-    and a text without its case, outer spaces and last full stops; within lists, mappings and
-    dataclasses too.
+    and a text without its case, outer spaces and last full stops; within lists, sets, mappings,
+    dataclasses and pydantic's models too.
 
     >>> majority_vote(["Rome", "Paris.", " paris"])
     'Paris.'
     """
-    votes: dict[Any, list[T]] = {} if isinstance(answers, str) else _votes(answers, key)
-    if not votes:
-        raise SetupError("majority_vote() got no answers; give it a list of one or more")
+    votes: dict[Any, list[T]] = _votes(_one_or_more("majority_vote()", answers), key)
     return max(votes.values(), key=len)[0]
 
 
@@ -4384,14 +4397,25 @@ def _said(output: Any, reply: Reply[Any]) -> Any:
         raise
 
 
-async def _reply_of(model: Any, prompt: str, output: Any = None, **options: Any) -> Reply[Any]:
+async def _noting(who: str, answer: Awaitable[Any]) -> Any:
+    """An answer; an error has a note of who has asked for it."""
+    try:
+        return await answer
+    except EmberError as error:
+        error.add_note(f"This was asked for by {who}.")
+        raise
+
+
+async def _reply_of(
+    who: str, model: Any, prompt: str, output: Any = None, **options: Any
+) -> Reply[Any]:
     """The reply of any async function to a prompt; `.data` is of type `output`, else the text.
 
     One without an output= is told of the type in words, and its text is read; a wrong one is
     asked for again, at most twice.
     """
     if output is None:
-        answer = await model(prompt, **options)
+        answer = await _noting(who, model(prompt, **options))
         return answer if _is_reply(answer) else Reply(text := str(answer), text)
     adapter, schema, _ = _adapter(output)
     if told := _takes(model, "output"):
@@ -4400,7 +4424,7 @@ async def _reply_of(model: Any, prompt: str, output: Any = None, **options: Any)
     problem, wrong = "", ""
     reply: Reply[Any] = Reply("", "")
     for _ in range(3):
-        result = await model(asked + wrong, **options)
+        result = await _noting(who, model(asked + wrong, **options))
         reply = result if _is_reply(result) else Reply(_shown(result), result)
         typed, data = not isinstance(reply.data, str) or reply.data != reply.text, reply.data
         try:
@@ -4412,7 +4436,7 @@ async def _reply_of(model: Any, prompt: str, output: Any = None, **options: Any)
         except (ValueError, RecursionError) as error:
             problem = str(error)
         wrong = f"\n\nYou have answered:\n{reply.text}\n\n{_AGAIN.format(problem=problem)}"
-    raise ReplyError(f"{_name(model)}: {_no_valid(output, 3, problem)}", raw=reply.text)
+    raise ReplyError(f"{who}: {_name(model)}: {_no_valid(output, 3, problem)}", raw=reply.text)
 
 
 def _itself(fn: Callable[P, Coroutine[Any, Any, R]]) -> Fn[P, R]:
@@ -4424,11 +4448,8 @@ def _itself(fn: Callable[P, Coroutine[Any, Any, R]]) -> Fn[P, R]:
 
 
 def _texts(who: str, answers: Iterable[Any]) -> tuple[list[Any], list[str]]:
-    """The answers, and what they say; SetupError if there are none."""
-    given = [] if isinstance(answers, str) else [*answers]
-    if not given:
-        but = f" but the text {answers!r:.80}" if answers and isinstance(answers, str) else ""
-        raise SetupError(f"{who} got no answers{but}; give it a list of one or more")
+    """The answers, and what they say."""
+    given = _one_or_more(who, answers)
     return given, ["" if one is None else _shown(one) for one in given]
 
 
@@ -4505,6 +4526,7 @@ def judge(
         random.Random(order).shuffle(shown)
         listed = "\n".join(f"answer_{n}: {_quoted(text)}" for n, text in enumerate(shown, 1))
         verdict = await _reply_of(
+            "judge()",
             model,
             f"Score each answer to the question from 1 (worst) to {scale} (best), "
             "and say why in a sentence or two, with the answers' labels."
@@ -4580,6 +4602,7 @@ def verify(
 
     async def verify(question: object, answer: Any) -> Verification[_AnAnswer]:
         check = await _reply_of(
+            "verify()",
             model,
             "Check whether the answer to the question is right and complete: say why or why not, "
             "and correct it if it is not.\n"
@@ -4667,17 +4690,18 @@ def _checked(who: str, parameter: inspect.Parameter, kind: Any) -> Callable[[Any
     import pydantic
 
     many: Any = {parameter.VAR_POSITIONAL: tuple[kind, ...], parameter.VAR_KEYWORD: dict[str, kind]}
-    name, takes_reply = parameter.name, (typing.get_origin(kind) or kind) in (Reply, Any)
+    name = parameter.name
     adapter: Any = None  # for a class that pydantic cannot read
     with suppress(pydantic.errors.PydanticUserError):
         adapter = pydantic.TypeAdapter(many.get(parameter.kind, kind))
 
     def check(value: Any) -> Any:
-        if _is_reply(value) and not takes_reply:
-            value = value.text if kind is str else value.data
         try:
             return adapter.validate_python(value) if adapter else value
         except pydantic.ValidationError as error:
+            with suppress(pydantic.ValidationError):  # a reply, or a list of some, is what it says
+                said = value.text if kind is str and _is_reply(value) else _data(value)
+                return adapter.validate_python(said)
             problem = "; ".join(one["msg"] for one in error.errors())
             raise TypeError(f"{who}: argument {name}={value!r:.200}: {problem}") from None
         except pydantic.errors.PydanticUserError as error:  # a type within it is not to be found
@@ -4720,7 +4744,8 @@ class _Prompt:
         text = "".join(f"{before}{shown[name] if name else ''}" for before, name in self.pieces)
         whole = (typing.get_origin(kind) or kind) is Reply
         [output] = (typing.get_args(kind) or (str,)) if whole else (kind,)
-        reply = await _reply_of(self.model, text, None if output is str else output)
+        who, wanted = f"{_name(self.fn)}()", None if output is str else output
+        reply = await _reply_of(who, self.model, text, wanted)
         return reply if whole else reply.text if output in (str, None) else reply.data
 
 
@@ -4774,14 +4799,15 @@ def _side(signature: str, side: str, default: Any) -> dict[str, Any]:
         if odd := [part for part in parts if not isinstance(part, _TYPE_PARTS)]:
             raise SyntaxError(f"{ast.unparse(odd[0])!r} is no type")
     except (SyntaxError, ValueError) as error:
+        why = getattr(error, "msg", error)
         how = 'Write "question, context -> answer: str, confidence: float"'
-        raise SetupError(f"{who}: {side.strip()!r} names nothing: {error}. {how}") from None
+        raise SetupError(f"{who}: {side.strip()!r} names nothing: {why}. {how}") from None
     kinds: Any = types.SimpleNamespace()
     kinds.__annotations__ = {n: ast.unparse(one) for n, one in names.items() if one}
     try:
         hints = typing.get_type_hints(kinds, {**vars(typing)}, include_extras=True)
     except NameError as error:
-        known = [*dir(builtins), *dir(typing)]
+        known = [n for n, one in vars(builtins).items() if inspect.isclass(one)] + dir(typing)
         near = difflib.get_close_matches(error.name or "", known, 1, 0)
         raise SetupError(f"{who}: no type {error.name!r}. Did you mean {near[0]!r}?") from None
     except Exception as error:
@@ -4865,14 +4891,14 @@ def predict(
     inputs, outputs = [*_inputs(signature)[1]], [*kind.__annotations__]
     lead = f"From a JSON object with {', '.join(inputs)} make one with {', '.join(outputs)}.\n\n"
     lead += "".join(_demo(demo, inputs, outputs) for demo in demos)
-    options = {"tools": [*tools]} if tools else {}
+    options, who = {"tools": [*tools]} if tools else {}, f"predict({signature!r:.80})"
     _adapter(kind)  # its faults are told now
 
     async def predict(*args: Any, **kwargs: Any) -> Any:
         parameters, checks = _inputs(signature)
-        given = _bound("predict()", parameters, args, kwargs)
+        given = _bound(who, parameters, args, kwargs)
         told = _shown({name: checks[name](value) for name, value in given.items()})
-        return (await _reply_of(model, lead + told, kind, **options)).data
+        return (await _reply_of(who, model, lead + told, kind, **options)).data
 
     made: Any = predict
     made.__annotations__ = {"return": kind}

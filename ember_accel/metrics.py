@@ -28,8 +28,12 @@ from ember import Fn
 
 
 def _value(output: Any) -> Any:
-    """What counts of an output: a reply's data, an enum's value, else itself."""
+    """What counts of an output: a reply's data, an enum's value, a network's answer, else itself."""
+    networks = (ember.Consensus, ember.Verdict, ember.Verification)
+    output = output.answer if issubclass(type(output), networks) else output
     output = output.data if issubclass(type(output), ember.Reply) else output
+    if issubclass(type(output), list) and ember.Reply in map(type, output):
+        raise ValueError(f"{len(output)} replies are no output. Take one, as by majority_vote")
     return output.value if isinstance(output, enum.Enum) else output
 
 

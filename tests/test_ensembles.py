@@ -12,10 +12,11 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 import anyio.lowlevel
+import pydantic
 import pytest
 from conftest import Connect
 from hypothesis import given, settings
@@ -1119,3 +1120,24 @@ def test_texts_agree_within_dataclasses_mappings_and_lists_and_in_any_normal_for
 def test_the_letters_of_a_text_are_no_answers() -> None:
     with pytest.raises(ember.SetupError, match=r"majority_vote\(\) got no answers"):
         majority_vote("abb")
+
+
+class Town(pydantic.BaseModel):
+    name: str
+
+
+class Spot(NamedTuple):
+    name: str
+
+
+@pytest.mark.parametrize("kind", [Town, Spot])
+def test_models_of_pydantic_and_named_tuples_vote_by_their_parts(kind: Any) -> None:
+    rome, paris, again = (kind(name=name) for name in ("Rome", "Paris.", "paris"))
+    assert majority_vote([rome, paris, again]) is paris
+    assert majority_vote([{"Rome"}, {"Paris."}, {"paris"}]) == {"Paris."}
+
+
+@pytest.mark.parametrize("answers", ["abb", {"a": "x", "b": "x"}])
+def test_names_and_letters_are_no_answers(answers: Any) -> None:
+    with pytest.raises(ember.SetupError, match=r"majority_vote\(\) got no answers but .*a list"):
+        majority_vote(answers)

@@ -1341,3 +1341,30 @@ def test_what_is_loaded_can_be_evaluated(tmp_path: Path) -> None:
 
 def test_what_is_read_in_a_file_has_one_home() -> None:
     assert evidence.load is datasets.load
+
+
+# ── What networks return ───
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        ember.Consensus(Reply("72", "72"), 1.0, {"72": 5}),
+        ember.Verdict("72", 0, (9.0, 5.0), "It is 5."),
+        ember.Verification(ok=True, reason="not 5", answer="72"),
+    ],
+)
+@pytest.mark.parametrize("metric", [exact, numeric, contains, f1])
+def test_a_metric_is_of_the_answer_of_a_network(metric: Any, output: Any) -> None:
+    assert metric(output, "72") == 1
+    assert metric(output, "5") == 0
+
+
+@pytest.mark.parametrize("metric", [exact, numeric, contains, f1, choice])
+async def test_several_answers_are_a_failure_of_the_row_and_no_silent_zero(metric: Any) -> None:
+    async def several(question: str) -> list[Any]:
+        return [Reply("B", "B"), Reply("B", "B")]
+
+    report = await evaluate(several, [("q", "B")], metric)
+    [row] = report.failures
+    assert "2 replies are no output" in (row.error or "")

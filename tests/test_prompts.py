@@ -1658,7 +1658,7 @@ async def test_a_wrong_call_of_a_prediction_is_a_type_error_when_awaited(
 ) -> None:
     ask, prompts = scripted("unused")
     call = predict("question, context -> answer", model=ask)(*args, **named)
-    with pytest.raises(TypeError, match=rf"^predict\(\) .*{said}"):
+    with pytest.raises(TypeError, match=rf"^predict\(.*\) .*{said}"):
         await call
     assert prompts == []
 
@@ -2088,3 +2088,24 @@ def test_an_argument_of_a_type_that_is_not_to_be_found_is_a_setup_error(run: Run
     assert isinstance(error, ember.SetupError)
     assert "tell()" in str(error)
     assert "Nowhere" in str(error) or "Part" in str(error)
+
+
+async def test_replies_in_a_list_are_what_they_say() -> None:
+    assert await taking(list[str])([Reply("a", "a"), Reply("b", "b")]) == '<["a", "b"]>'
+    assert await taking(dict[str, int])({"a": Reply("1", 1)}) == '<{"a": 1}>'
+
+
+async def test_an_error_in_a_prompt_has_a_note_of_who_asked() -> None:
+    async def fails(prompt: str) -> str:
+        raise ember.CallError("it is down")
+
+    @prompt(fails)
+    async def triage(mail: str) -> int:
+        """{mail}"""
+
+    with pytest.raises(ember.CallError) as caught:
+        await triage("x")
+    assert caught.value.__notes__ == ["This was asked for by triage()."]
+    with pytest.raises(ember.CallError) as caught:
+        await predict("q -> a", model=fails)("x")
+    assert caught.value.__notes__ == ["This was asked for by predict('q -> a')."]
