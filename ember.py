@@ -2401,13 +2401,14 @@ def _is_own(fn: Any, *names: str) -> bool:
 
 
 _FILE = _name.__code__.co_filename  # of this module, also in a function from another process
+_FILES = (_FILE, os.path.join(os.path.dirname(_FILE), "ember_accel"))
 
 
 def _shorten(error: BaseException) -> None:
     """Take Ember's frames out of a traceback, but for the first and the last."""
     node = error.__traceback__
     while node and node.tb_next and node.tb_next.tb_next:
-        if node.tb_next.tb_frame.f_code.co_filename == _FILE:
+        if node.tb_next.tb_frame.f_code.co_filename.startswith(_FILES):
             node.tb_next = node.tb_next.tb_next
         else:
             node = node.tb_next

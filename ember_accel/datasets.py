@@ -11,6 +11,7 @@ One home for what is wrong in a line of a file, which the file of an evaluation 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
 import io
@@ -24,6 +25,18 @@ import ember
 from ember import SetupError
 
 
+class Short(contextlib.ContextDecorator):
+    """Within it, what is raised has few frames of Ember's in its traceback."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            ember._shorten(error)
+
+
+@Short()
 def load(path: str | Path, sample: int | None = None, seed: int = 0) -> list[Any]:
     """The rows of a .jsonl, .ndjson, .json, .csv, .tsv or .parquet file: objects, or arrays.
 

@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 import ember
 from ember import Fn, SetupError
-from ember_accel.datasets import digest, json_value, load, wrong_line
+from ember_accel.datasets import Short, digest, json_value, load, wrong_line
+from ember_accel.intervals import interval, is_binary, mcnemar, paired
 from ember_accel.metrics import choice, contains, exact, f1, graded, numeric
 
 __all__ = [
@@ -41,71 +41,7 @@ __all__ = [
     "load", "numeric",
 ]  # fmt: skip
 
-Scores = NDArray[np.float64]
-
-
-# ── 1. Statistics ─── scores → intervals
-
-_Z = 1.959963984540054  # 95% of a normal distribution are within so many deviations
-
-
-def _is_binary(scores: Scores) -> bool:
-    """Whether all scores are 0 or 1."""
-    return bool(((scores == 0) | (scores == 1)).all())
-
-
-def _interval(scores: Scores) -> tuple[float, float]:
-    """The 95% interval of the mean: Wilson's where all scores are 0 or 1, else bootstrapped."""
-    n, mean = len(scores), float(scores.mean())
-    if not _is_binary(scores):
-        return _percentiles(_means(scores), n)
-    width, half = _Z**2 / n, _Z * math.sqrt((mean * (1 - mean) + _Z**2 / n / 4) / n)
-    low, high = (mean + width / 2 - half) / (1 + width), (mean + width / 2 + half) / (1 + width)
-    return low if mean > 0 else 0.0, high if mean < 1 else 1.0
-
-
-def _means(values: Scores, most: int = 10_000) -> Scores:
-    """The means of many resamples of values, always the same, drawn in small parts."""
-    n, random = len(values), np.random.default_rng(0)
-    times, part = max(1_000, min(most, 10_000_000 // n)), max(1, 1_000_000 // n)
-    sizes = [(min(part, times - at), n) for at in range(0, times, part)]
-    draws = (random.integers(n, size=size, dtype=np.int32) for size in sizes)
-    return np.concatenate([values[draw].mean(axis=1) for draw in draws])
-
-
-def _percentiles(means: Scores, n: int) -> tuple[float, float]:
-    """Hesterberg's expanded percentiles: as wide as Student's t makes an interval of n values."""
-    if n < 2:
-        return math.nan, math.nan
-    z, v = _Z, n - 1
-    t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
-    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)  # as Cornish and Fisher
-    tail = math.erfc(math.sqrt(n / v / 2) * t) / 2
-    low, high = np.quantile(means, (tail, 1 - tail))
-    return float(low), float(high)
-
-
-def _paired(more: Scores, most: int = 10_000) -> tuple[tuple[float, float], float]:
-    """The interval of a mean difference, and the share of resamples that centred are as far off."""
-    means, mean = _means(more, most), more.mean()
-    far = int((abs(means - mean) >= abs(mean) - 1e-12).sum())
-    p = (1 + far) / (1 + len(means)) if len(more) > 1 else math.nan
-    return _percentiles(means, len(more)), p
-
-
-def _mcnemar(won: int, lost: int, n: int) -> tuple[tuple[float, float], float]:
-    """Bonett and Price's interval for the difference of two shares of n, and McNemar's exact p."""
-    more, less = (won + 1) / (n + 2), (lost + 1) / (n + 2)
-    half = _Z * math.sqrt((more + less - (more - less) ** 2) / (n + 2))
-    term = total = 1
-    for heads in range(min(won, lost)):
-        term = term * (won + lost - heads) // (heads + 1)
-        total += term
-    interval = max(-1.0, more - less - half), min(1.0, more - less + half)
-    return interval, min(1.0, 2 * total / 2 ** (won + lost))
-
-
-# ── 2. Reports ─── rows with their scores
+# ── 1. Reports ─── rows with their scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +86,8 @@ class Report:
 
     `interval`: of the mean, 95%. `failures`: a list of the rows that were not answered, or not
     scored; they count 0, and are among `rows` too. `cost`: US dollars for all rows, resumed ones
-    too; None where a price is unknown. `seconds`: how long the run took. `p50`, `p95`: the latency,
+    too, but for what is uncertain, as of a call cut off after it was sent; None where a price is
+    unknown. `seconds`: how long the run took. `p50`, `p95`: the latency,
     in seconds, that so many of the answered rows did not exceed. `rows`: all, in the data set's
     order.
     """
@@ -176,8 +113,8 @@ class Report:
         scores = np.array([(ours[key], theirs[key]) for key in ours])
         more = scores[:, 0] - scores[:, 1]
         won, lost = int((more > 0).sum()), int((more < 0).sum())
-        interval, p = _mcnemar(won, lost, self.n) if _is_binary(scores) else _paired(more)
-        return Comparison(float(more.mean()), interval, p)
+        near, p = mcnemar(won, lost, self.n) if is_binary(scores) else paired(more)
+        return Comparison(float(more.mean()), near, p)
 
     def to_json(self) -> str:
         """All of it as strict JSON: null for NaN, and a text for what JSON cannot hold."""
@@ -209,10 +146,11 @@ def _plain(value: Any) -> Any:
 
 
 def _told(value: Any) -> Any:
-    """The fields of what is ours, the text of what is not."""
+    """The fields of a dataclass, else a text."""
     if isinstance(value, Row | Report):
         return {one.name: _plain(getattr(value, one.name)) for one in fields(value)}
-    return str(value)
+    is_held = hasattr(value.__class__, "__dataclass_fields__") and not ember._is_reply(value)
+    return ember._data(value) if is_held else str(value)
 
 
 def _scores(rows: Sequence[Row]) -> dict[str, float]:
@@ -235,7 +173,7 @@ def _keys(rows: Sequence[Row]) -> list[str]:
     return keys
 
 
-# ── 3. Evaluation ─── a function and rows → a report
+# ── 2. Evaluation ─── a function and rows → a report
 
 
 async def evaluate(
@@ -268,7 +206,7 @@ async def evaluate(
         done[number] = await _answered(fn, metric, done[number])
         keep(number, done[number])
 
-    with _record(resume, fn, metric, done) as (todo, keep):
+    with Short(), _record(resume, fn, metric, done) as (todo, keep):
         await ember.parallel(one, todo, limit=limit, progress=progress)
     return _report(f"{ember._name(metric)} of {ember._name(fn)}", done, started)
 
@@ -313,7 +251,7 @@ def _report(name: str, rows: list[Row], started: float) -> Report:
     p50, p95 = map(float, np.quantile(times, (0.5, 0.95), method="inverted_cdf"))
     cost, seconds = _total([row.cost for row in rows]), time.perf_counter() - started
     return Report(
-        name=name, n=len(rows), mean=float(scores.mean()), interval=_interval(scores), cost=cost,
+        name=name, n=len(rows), mean=float(scores.mean()), interval=interval(scores), cost=cost,
         seconds=seconds, p50=p50, p95=p95, failures=failures, rows=tuple(rows),
     )  # fmt: skip
 
@@ -452,5 +390,9 @@ def _found(file: Any, path: Any, belongs: dict[str, Any], keys: list[str]) -> di
 def _add(file: Any, text: str) -> None:
     """Append a text by one write; by more where the system takes a part, as of a full disk."""
     line = text.encode()
-    while line:
-        line = line[file.write(line) :]
+    try:
+        while line:
+            line = line[file.write(line) :]
+    except OSError as error:
+        what = f"evaluate: {file.name}: {error.strerror}. It keeps the rows that it has"
+        raise SetupError(f"{what}: make room for it, and run this again") from None

@@ -19,6 +19,7 @@ import enum
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import ember
@@ -28,7 +29,7 @@ from ember import Fn
 
 
 def _value(output: Any) -> Any:
-    """What counts of an output: a reply's data, an enum's value, a network's answer, else itself."""
+    """What counts of an output: a network's answer, a reply's data, an enum's value, or itself."""
     networks = (ember.Consensus, ember.Verdict, ember.Verification)
     output = output.answer if issubclass(type(output), networks) else output
     output = output.data if issubclass(type(output), ember.Reply) else output
@@ -218,18 +219,19 @@ def _letter(output: Any) -> str:
 # ── 4. Models as judges ─── where no rule can tell
 
 
-def graded(model: Any, criteria: str = "") -> Fn[[Any, Any], float]:
+def graded(model: Any, criteria: str | Sequence[str] = "") -> Fn[[Any, Any], float]:
     """An async metric: 1.0 where a model finds an output correct by what is expected, else 0.0.
 
     >>> metric = graded(models.gpt4, "Other words for the same are correct.")
     """
     signature = "criteria: str, expected: str, answer: str -> correct: bool"
     grade: Any = ember.predict(signature, model=model, reasoning=True)
-    criteria = criteria or "Correct is what says the same as the expected answer."
+    told = criteria if isinstance(criteria, str) else "\n".join(criteria)
+    told = told or "Correct is what says the same as the expected answer."
 
     async def graded(output: Any, expected: Any) -> float:
         wanted = "\n".join(_texts("" if expected is None else expected))
-        verdict = await grade(criteria, wanted, _text(output))
+        verdict = await grade(told, wanted, _text(output))
         return float(verdict.correct)
 
     return graded

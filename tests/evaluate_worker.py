@@ -13,7 +13,7 @@ from typing import Any
 
 import anyio
 
-from ember import model
+from ember import SetupError, model
 from ember_accel.evidence import evaluate, exact
 
 LIMIT = 8
@@ -80,7 +80,7 @@ async def full(path: str, size: str) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), resource.RLIM_INFINITY))
     try:
         await evaluate(long, [(str(n), str(n)) for n in range(100)], resume=path)
-    except OSError as error:
+    except SetupError as error:
         print(json.dumps(type(error).__name__), flush=True)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     report = await evaluate(long, [(str(n), str(n)) for n in range(100)], resume=path)

@@ -28,7 +28,7 @@ from server import WIRES, Answer, Seen, Server
 import ember
 import ember_accel
 from ember import Reply, SetupError, cache, retry
-from ember_accel import datasets, evidence, metrics
+from ember_accel import datasets, evidence, intervals, metrics
 from ember_accel.evidence import Report, Row, evaluate, load
 from ember_accel.metrics import choice, contains, exact, f1, graded, numeric
 
@@ -754,7 +754,7 @@ def test_two_processes_cannot_add_to_one_file(tmp_path: Path) -> None:
 def test_on_a_full_disk_an_evaluation_ends_and_goes_on_later(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     printed, problems = worker("full", str(path), "10000").communicate(timeout=30)
-    assert printed == '"OSError"\n100\n', problems
+    assert printed == '"SetupError"\n100\n', problems
     assert len({line["key"] for line in lines_of(path)[1:]}) == 100
 
 
@@ -802,10 +802,10 @@ def test_95_percent_of_the_intervals_have_the_mean(
     shape: str, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw, mean = DRAWS[shape]
-    random, means = np.random.default_rng(7), evidence._means
-    monkeypatch.setattr(evidence, "_means", lambda values: means(values, 1000))
-    intervals = [evidence._interval(draw(random, n)) for _ in range(500)]
-    inside = sum(low <= mean <= high for low, high in intervals)
+    random, means = np.random.default_rng(7), intervals._means
+    monkeypatch.setattr(intervals, "_means", lambda values: means(values, 1000))
+    found = [intervals.interval(draw(random, n)) for _ in range(500)]
+    inside = sum(low <= mean <= high for low, high in found)
     assert 0.925 <= inside / 500 <= 0.975
 
 
@@ -899,7 +899,7 @@ def test_other_scores_are_compared_by_a_paired_bootstrap() -> None:
 
 def test_equal_reports_are_found_different_in_about_5_percent_of_cases() -> None:
     random = np.random.default_rng(5)
-    ps = [evidence._paired(random.normal(0, 1, 40), 1000)[1] for _ in range(500)]
+    ps = [intervals.paired(random.normal(0, 1, 40), 1000)[1] for _ in range(500)]
     assert 0.03 <= np.mean(np.array(ps) < 0.05) <= 0.08
 
 
@@ -978,7 +978,7 @@ def test_a_report_is_strict_json_whatever_the_outputs() -> None:
     told = json.loads(evidence._report("exact of ask", rows, 0.0).to_json(), parse_constant=int)
     found = [row["output"] for row in told["rows"]]
     assert found[:6] == ["text", 1, None, None, [None, {"a": None}], {"1": 2}]
-    assert found[6:11] == ["{(1, 2): 3}", "{1, 2}", "Paris", "City(name='Paris')", "Colour.RED"]
+    assert found[6:11] == ["{(1, 2): 3}", "{1, 2}", "Paris", {"name": "Paris"}, "Colour.RED"]
     assert found[12] == "\ud800"
     assert (told["n"], told["mean"], told["name"]) == (17, 0, "exact of ask")
     assert [row["error"] for row in told["failures"]] == ["ValueError: no"]
@@ -1368,3 +1368,53 @@ async def test_several_answers_are_a_failure_of_the_row_and_no_silent_zero(metri
     report = await evaluate(several, [("q", "B")], metric)
     [row] = report.failures
     assert "2 replies are no output" in (row.error or "")
+
+
+async def test_errors_have_two_frames_of_embers_at_most(tmp_path: Path) -> None:
+    async def fails(question: str) -> str:
+        raise SetupError("no key")
+
+    async def fine(question: str) -> str:
+        return question
+
+    async def other(question: str) -> str:
+        return question + "!"
+
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("5\n", encoding="utf-8")
+    kept = tmp_path / "kept.jsonl"
+    await evaluate(other, [("a", "a")], resume=kept)
+    home = Path(ember.__file__).parent
+    for call in (
+        lambda: evaluate(fails, [("a", "a")]), lambda: evaluate(fine, [("a", "a")], resume=kept),
+        lambda: evaluate(fine, [("a", "a")], resume=bad), lambda: asyncio.to_thread(load, bad),
+    ):  # fmt: skip
+        with pytest.raises(SetupError) as caught:
+            await call()
+        files = [Path(frame.path) for frame in caught.traceback]
+        ours = [f for f in files if f == home / "ember.py" or home / "ember_accel" in f.parents]
+        assert len(ours) <= 2, files
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
+def test_a_full_disk_is_named() -> None:
+    full = pytest.raises(SetupError, match=r"/dev/full: No space left .* run this again")
+    with Path("/dev/full").open("ab", buffering=0) as file, full:
+        evidence._add(file, "a line\n")
+
+
+async def test_an_output_in_the_file_and_in_json_is_what_json_holds_of_it(tmp_path: Path) -> None:
+    @dataclass
+    class City:
+        name: str
+
+    async def ask(question: str) -> City:
+        return City(question)
+
+    def right(output: Any, expected: str) -> bool:
+        return (output if isinstance(output, dict) else vars(output))["name"] == expected
+
+    for _ in range(2):
+        report = await evaluate(ask, [("a", "a")], right, resume=tmp_path / "run.jsonl")
+        assert json.loads(report.to_json())["rows"][0]["output"] == {"name": "a"}
+    assert report.rows[0].output == {"name": "a"}
