@@ -333,7 +333,7 @@ def _lasting(value: Any, seen: dict[int, tuple[Any, str]]) -> str:
     if id(value) not in seen:
         seen[id(value)] = value, f"again:{len(seen)}"
         file = str(getattr(sys.modules.get(kind.__module__), "__file__", ""))
-        foreign = "-packages" in file and kind.__module__ != "__main__"
+        foreign = "-packages" in file and kind.__module__ not in {"__main__", "__mp_main__"}
         foreign = foreign or kind.__module__.partition(".")[0] in _FOREIGN
         parts = [*(parts or ()), None if foreign else object.__getstate__(value)]
         forms = [_lasting(one, seen) for one in parts]

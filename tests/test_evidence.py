@@ -671,10 +671,11 @@ def test_objects_are_the_same_in_another_process(kind: str, tmp_path: Path) -> N
 
 
 def test_an_object_of_a_script_is_the_same_in_what_the_script_spawns(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "run.jsonl"
     for module in ("__main__", "__mp_main__"):
+        monkeypatch.setitem(sys.modules, module, pytest)  # a script may stand among packages
         there: dict[str, Any] = {"__name__": module}
         exec("class Bot:\n async def ask(self, text): return text", there)
         evaluated(there["Bot"]().ask, PAIRS, resume=path)
