@@ -2401,7 +2401,7 @@ def _is_own(fn: Any, *names: str) -> bool:
 
 
 _FILE = _name.__code__.co_filename  # of this module, also in a function from another process
-_FILES = (_FILE, os.path.join(os.path.dirname(_FILE), "ember_accel"))
+_FILES = (_FILE, os.path.join(os.path.dirname(_FILE), "ember_accel", ""))
 
 
 def _shorten(error: BaseException) -> None:
@@ -4137,7 +4137,8 @@ async def _polled(
 
     with _ungrouped(faults):
         async with anyio.create_task_group() as group:
-            while (left := len(fns) - len(answers) - len(failures)) and not faults:
+            while not faults:
+                left = len(fns) - len(answers) - len(failures)
                 if not (more := wanted([*answers.values()], left)):
                     break
                 until = len(fns) - left + more
@@ -4206,9 +4207,8 @@ def _normalised(answer: Any) -> Any:
     return text
 
 
-def _votes(answers: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
-    """The answers that agree with each other, by their keys, in the order in which they came."""
-    votes: dict[Any, list[Any]] = {}
+def _vote(votes: dict[Any, list[Any]], answers: Iterable[Any], key: Any) -> dict[Any, list[Any]]:
+    """The votes by their keys, with more answers put to those that they agree with."""
     for answer in answers:
         vote = key(answer)
         try:
@@ -4239,7 +4239,7 @@ def majority_vote(answers: Iterable[T], key: Callable[[T], Any] = _normalised) -
     >>> majority_vote(["Rome", "Paris.", " paris"])
     'Paris.'
     """
-    votes: dict[Any, list[T]] = _votes(_one_or_more("majority_vote()", answers), key)
+    votes: dict[Any, list[T]] = _vote({}, _one_or_more("majority_vote()", answers), key)
     return max(votes.values(), key=len)[0]
 
 
@@ -4285,12 +4285,14 @@ def consensus(
     if not callable(key):
         raise SetupError(f"consensus: key={key!r:.80} must be a function of an answer")
 
-    def wanted(answers: list[Any], left: int) -> int:
-        return _votes_to_settle([*map(len, _votes(answers, key).values())], left)
-
     async def run(args: Any, kwargs: Any) -> Consensus[Any]:
-        answers = [*(await _polled(samples, args, kwargs, 1, wanted)).values()]
-        alike = _votes(answers, key)
+        alike: dict[Any, list[Any]] = {}
+
+        def wanted(answers: list[Any], left: int) -> int:
+            _vote(alike, answers[sum(map(len, alike.values())) :], key)  # those that are new
+            return _votes_to_settle([*map(len, alike.values())], left)
+
+        answers = await _polled(samples, args, kwargs, 1, wanted)
         best = max(alike.values(), key=len)
         counts: dict[str, int] = {}
         for (_, vote), same in alike.items():

@@ -135,8 +135,8 @@ PLACES: dict[str, Place] = {
 }
 
 
-async def played(n: int, brings: str, place: Place) -> None:
-    """Hold one vote to the definition, sample by sample."""
+async def played(n: int, brings: str, place: Place) -> int:
+    """How many samples one vote took, which is held to the definition sample by sample."""
     samples, results = Samples(), list[Any]()
     ask = consensus(samples.ask, n=n, key=str.upper)
 
@@ -155,17 +155,18 @@ async def played(n: int, brings: str, place: Place) -> None:
             if not need:
                 break
             samples.bring(brings[at], place(need))
-    assert samples.asked == at == settled_after(n, brings)
+    assert samples.asked == at
     counts = counted(brings[:at])
     if not counts:
         assert results[0] is samples.errors[-1]
         assert len(getattr(results[0], "__notes__", ())) == n - 1
-        return
+        return at
     best = [*counts][winner(votes_of(brings[:at])) or 0]
     share = counts[best] / sum(counts.values())
     upper = {one.upper(): votes for one, votes in counts.items()}
     assert results == [Consensus(best, pytest.approx(share), upper)]
     assert [*results[0].counts] == [*upper]
+    return at
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -173,21 +174,23 @@ async def played(n: int, brings: str, place: Place) -> None:
 async def test_in_flight_are_the_fewest_samples_that_could_settle_it(n: int, place: str) -> None:
     with anyio.fail_after(30):
         for brings in dict.fromkeys(c[: settled_after(n, c)] for c in cases(n, "abc" + FAILS)):
-            await played(n, brings + FAILS * (n - len(brings)), PLACES[place])
+            whole = brings + FAILS * (n - len(brings))
+            assert await played(n, whole, PLACES[place]) == settled_after(n, whole)
 
 
 @pytest.mark.parametrize("n", [6, 7, 8, 9])
 async def test_in_flight_are_the_fewest_also_in_longer_votes(n: int) -> None:
     with anyio.fail_after(30):
         for brings in [*cases(n, "abc", 30), *cases(n, "aab" + FAILS, 30)]:
-            await played(n, brings, PLACES["any"])
+            assert await played(n, brings, PLACES["any"]) == settled_after(n, brings)
 
 
 @on_both
 async def test_in_flight_are_the_fewest_on_both_event_loops() -> None:
     with anyio.fail_after(30):
         for brings in [case for n in (2, 3, 4) for case in cases(n, "ab" + FAILS)]:
-            await played(len(brings), brings, PLACES["any"])
+            asked = await played(len(brings), brings, PLACES["any"])
+            assert asked == settled_after(len(brings), brings)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7])
@@ -546,3 +549,18 @@ async def test_chains_of_thought_agree_by_their_answers(tmp_path: Path) -> None:
     found = await consensus(ask, n=9)("What is the capital of France?")
     assert (found.answer.answer, found.share, next(numbers)) == ("paris", 5 / 6, 6)
     assert found.counts == {"Rome": 1, "paris": 5}
+
+
+async def test_the_key_of_each_answer_is_asked_for_once() -> None:
+    keyed, numbers = list[int](), itertools.count()
+
+    async def ask(question: str) -> int:
+        return next(numbers)
+
+    def key(answer: int) -> int:
+        keyed.append(answer)
+        return answer
+
+    found = await consensus(ask, n=40, key=key)("which?")
+    assert (found.answer, sorted(keyed)) == (0, [*range(len(keyed))])
+    assert len(keyed) == sum(found.counts.values())
