@@ -363,28 +363,28 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-def torn_at(cut: int, whole: bytes, path: Path) -> None:
-    """A run on the first bytes of a file asks for the rest only, and leaves a whole file."""
+def torn_at(cut: int, whole: bytes, path: Path) -> int:
+    """How many rows a run asks for that goes on from the first bytes of a file."""
     path.write_bytes(whole[:cut])
     asked.clear()
     report = evaluated(right, PAIRS, resume=path)
     lines = whole[:cut].split(b"\n")[:-1]
-    kept = {json.loads(line)["key"] for line in lines[1:]}
-    assert (report.n, report.mean, len(asked)) == (8, 1, 8 - len(kept)), cut
+    assert (report.n, report.mean) == (8, 1), cut
     assert len({*asked}) == len(asked)
     assert path.read_bytes().split(b"\n")[: len(lines)] == lines
     keys = [line["key"] for line in lines_of(path)[1:]]
     assert len(keys) == len({*keys}) == 8
+    return len(asked)
 
 
 def test_a_header_torn_at_any_byte_is_written_again(whole: bytes, tmp_path: Path) -> None:
     for cut in range(whole.index(b"\n") + 2):
-        torn_at(cut, whole, tmp_path / "run.jsonl")
+        assert torn_at(cut, whole, tmp_path / "run.jsonl") == 8
 
 
 def test_a_last_line_torn_at_any_byte_is_dropped(whole: bytes, tmp_path: Path) -> None:
     for cut in range(whole.rindex(b"\n", 0, -1), len(whole) + 1):
-        torn_at(cut, whole, tmp_path / "run.jsonl")
+        assert torn_at(cut, whole, tmp_path / "run.jsonl") == whole[cut:].count(b"\n")
 
 
 WRONG = [  # in an entry of this data set

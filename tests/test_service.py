@@ -455,8 +455,8 @@ async def test_a_client_that_reads_no_more_and_leaves_ends_its_stream(
     async with a_raw_client(host, "/stream", "why?") as reader:
         await reader.readuntil(b"xxx")
         await until(lambda: server.open == 1)
-    await until(lambda: server.open == 0)
-    await until(lambda: host.tasks() <= idle)
+    await until(lambda: server.open == 0 and host.tasks() <= idle)
+    assert (len(server.requests), server.open) == (1, 0)
 
 
 @pytest.mark.parametrize("spec", ["2.3", "2.4"])
