@@ -113,7 +113,7 @@ each_lazy_map = pytest.mark.parametrize("name", ["parallel", "batch", "as_comple
 # ── The first page ───
 
 SNIPPET = """
-from ember import models, retry, cache, batch, gather
+from ember import models, retry, cache, batch, gather, majority_vote
 
 @retry(max_attempts=3)
 @cache(ttl=3600)
@@ -122,6 +122,7 @@ async def classify(text: str) -> str:
     return (await models.gpt4(f"Classify: {text}")).text
 
 answers = await gather(models.gpt4(q), models.claude(q), models.gemini(q))
+best = majority_vote(answers)
 """
 
 
@@ -154,6 +155,7 @@ async def snippet() -> dict[str, Any]:
 async def test_the_program_on_the_first_page_runs_word_for_word(world: Server) -> None:
     scope = await snippet()
     assert [str(answer) for answer in scope["answers"]] == ["WHY?"] * 3
+    assert scope["best"] is scope["answers"][0]
     assert len(world.requests) == 3
     for _ in range(2):
         assert await scope["classify"]("spam") == "CLASSIFY: SPAM"

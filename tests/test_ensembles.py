@@ -21,7 +21,7 @@ import pytest
 from conftest import Connect
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from server import WIRES, Answer, Seen, Server, until
+from server import WIRES, Answer, Server, until
 from test_concurrency import Watch, on_both
 from test_judges import Judge, all_alike
 
@@ -189,42 +189,6 @@ def test_the_winner_is_one_of_the_answers_and_stays_it(answers: list[Any]) -> No
     assert majority_vote([winner, *answers]) is winner
     assert majority_vote([*answers, winner]) is winner
     assert majority_vote([*answers, *answers]) is winner
-
-
-FIRST_PAGE = """
-from ember import models, retry, cache, batch, gather, majority_vote
-
-@retry(max_attempts=3)
-@cache(ttl=3600)
-@batch(size=10)
-async def classify(text: str) -> str:
-    return (await models.gpt4(f"Classify: {text}")).text
-
-async def main(q):
-    answers = await gather(models.gpt4(q), models.claude(q), models.gemini(q))
-    best = majority_vote(answers)
-    return best, await classify(q)
-"""
-
-
-async def test_the_first_page_of_the_design_runs(
-    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def script(seen: Seen) -> Answer:
-        anthropic = seen.path == "/v1/messages"
-        text = "Rome" if "gemini" in seen.path else "Paris." if anthropic else " paris"
-        return WIRES["anthropic" if anthropic else "openai"].good(text)
-
-    server.play(script)
-    for name, path in (("OPENAI", "/v1"), ("ANTHROPIC", ""), ("GEMINI", "/gemini")):
-        monkeypatch.setenv(f"{name}_BASE_URL", server.url + path)
-        monkeypatch.setenv(f"{name}_API_KEY", "no-secret")
-    monkeypatch.setenv("EMBER_CACHE_DIR", str(tmp_path))
-    names: dict[str, Any] = {}
-    exec(FIRST_PAGE, names)
-    best, label = await names["main"]("What is the capital of France?")
-    assert (best.text, label) == (" paris", " paris")
-    assert len(server.requests) == 4
 
 
 # ── All of them, by themselves and within each other ───

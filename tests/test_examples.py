@@ -132,11 +132,9 @@ def test_04_tools_prints_what_each_function_was_asked_and_the_answer() -> None:
     assert answer == "720,000 people, 4 degrees, rain."
 
 
-async def test_04_tools_gives_the_model_both_functions_and_both_results(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    example = loaded("04_tools")
-    bodies: list[Any] = []
+async def sent(name: str, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The bodies of the requests of an example whose model is a recording."""
+    example, bodies = loaded(name), list[Any]()
     play = example.recorded
 
     def recorded(request: httpx.Request) -> httpx.Response:
@@ -145,6 +143,13 @@ async def test_04_tools_gives_the_model_both_functions_and_both_results(
 
     monkeypatch.setattr(example, "recorded", recorded)
     await example.main()
+    return bodies
+
+
+async def test_04_tools_gives_the_model_both_functions_and_both_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bodies = await sent("04_tools", monkeypatch)
     tools = [tool["function"] for tool in bodies[0]["tools"]]
     assert [tool["name"] for tool in tools] == ["weather", "inhabitants"]
     assert [tool["description"] for tool in tools] == [

@@ -11,10 +11,9 @@ import sys
 import threading
 from typing import Any
 
-import httpx
 import pytest
 from server import Answer, Seen, Server, openai_answer, until
-from test_examples import Played, asked, loaded, needs_local, printed
+from test_examples import Played, asked, loaded, needs_local, printed, sent
 from test_examples import played as played  # noqa: PLC0414
 
 Out = pytest.CaptureFixture[str]
@@ -173,15 +172,7 @@ def test_21_react_prints_what_it_does_and_the_answer() -> None:
 async def test_21_react_shows_the_model_its_functions_and_what_they_return(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    example, bodies = loaded("21_react"), list[Any]()
-    play = example.recorded
-
-    def recorded(request: httpx.Request) -> httpx.Response:
-        bodies.append(json.loads(request.content))
-        return play(request)
-
-    monkeypatch.setattr(example, "recorded", recorded)
-    await example.main()
+    bodies = await sent("21_react", monkeypatch)
     tools = [tool["function"] for tool in bodies[0]["tools"]]
     assert [tool["name"] for tool in tools] == ["inhabitants", "ratio"]
     assert tools[0]["description"] == "How many people live in a city."
