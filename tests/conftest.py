@@ -11,6 +11,8 @@ from server import WIRES, Server, Wire, serving
 
 import ember
 
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # before JAX reads it
+
 Connect = Callable[..., ember.Model]
 Run = Callable[[Callable[[], Awaitable[Any]]], Any]
 
@@ -38,8 +40,8 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
         variable for row in ember.providers.values() for variable in (*row.key_env, row.url_env)
     ]
-    proxies = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
-    for name in {*filter(None, rows), *proxies} & set(map(str.upper, os.environ)):
+    others = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "EMBER_ACCEL")
+    for name in {*filter(None, rows), *others} & set(map(str.upper, os.environ)):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
 
