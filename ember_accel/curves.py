@@ -11,6 +11,7 @@ Give prompts that the router did not learn from: of its own, it knows the outcom
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,7 @@ class Curve:
 
 def _escaped(text: str) -> str:
     """A text, as XML has it."""
-    return text.replace("&", "&amp;").replace("<", "&lt;")
+    return html.escape("".join(one if one.isprintable() else " " for one in text))
 
 
 def cost_quality_curve(
@@ -82,21 +83,28 @@ def cost_quality_curve(
     router's own costs. willingness: those to try; by default 40, from "cost is everything" to
     "quality is everything". ValueError for an outcome that is not known (NaN).
 
-    >>> router = fit_router(np.eye(4), [[1, 0], [1, 0], [0, 1], [0, 1]], [1.0, 2.0], prior=0.1)
-    >>> curve = cost_quality_curve(router, np.eye(4), [[1, 0], [1, 0], [0, 1], [0, 1]])
-    >>> curve.cost[0], curve.quality[0], curve.cost[-1], curve.quality[-1]
-    (1.0, 0.5, 1.5, 1.0)
+    >>> kinds = np.repeat(np.eye(2), 20, 0)  # 20 prompts of each of two kinds, and who is good at it
+    >>> router = fit_router(kinds, kinds, [1.0, 2.0], prior=1.0)
+    >>> curve = cost_quality_curve(router, kinds, kinds)
+    >>> curve.cost[[0, -1]], curve.quality[[0, -1]]
+    (array([1. , 1.5]), array([0.5, 1. ]))
     """
+    predicted = np.asarray(predict_quality(router, embeddings, prompts), float)
     quality, own = np.asarray(quality, float), np.array(router.cost)
-    paid = np.broadcast_to(own if cost is None else np.asarray(cost, float), quality.shape)
-    if not np.isfinite(quality).all():
-        row = int((~np.isfinite(quality)).any(1).argmax())
-        raise ValueError(f"quality[{row}] is not known. Give rows in which every model was asked")
+    paid = own if cost is None else np.asarray(cost, float)
+    if quality.shape != predicted.shape or paid.shape not in {own.shape, quality.shape}:
+        shapes = f"quality {quality.shape} and cost {paid.shape}"
+        raise ValueError(f"{shapes} do not fit. Give a number for each of {predicted.shape}")
+    paid = np.broadcast_to(paid, quality.shape)
+    if not len(quality) or not (np.isfinite(quality) & np.isfinite(paid)).all():
+        row = int((np.isfinite(quality) & np.isfinite(paid)).all(1).argmin()) if len(quality) else 0
+        raise ValueError(f"row {row} is not known. Give rows in which every model was asked")
     gap = float(np.ptp(own)) or 1.0
     tried = np.geomspace(1e-2, 1e3, 40) * gap if willingness is None else np.array(willingness)
-    predicted = np.asarray(predict_quality(router, embeddings, prompts), float)
+    if not (tried > 0).all():
+        raise ValueError(f"willingness={willingness!r:.80} must be above 0: the worth of an answer")
     rows = np.arange(len(quality))
-    chosen = [(predicted - own / one).argmax(1) for one in tried]
+    chosen = [(predicted - (own - own.min()) / one).argmax(1) for one in tried]
     names = router.names or tuple(map(str, range(len(own))))
     return Curve(
         tried,

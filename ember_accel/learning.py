@@ -30,20 +30,24 @@ def centroids(rows: Array, count: int) -> Array:
     start = np.random.default_rng(0).choice(len(rows), count, replace=False)
     centres = rows[start] / np.maximum(np.linalg.norm(rows[start], axis=1, keepdims=True), 1e-9)
     for _ in range(12):
-        nearest = np.eye(count, dtype=np.float32)[(rows @ centres.T).argmax(1)]
+        likeness = rows @ centres.T
+        nearest = np.eye(count, dtype=np.float32)[likeness.argmax(1)]
         sums = nearest.T @ rows
+        if (empty := nearest.sum(0) == 0).any():  # they begin anew, where a row is far from all
+            sums[empty] = rows[likeness.max(1).argsort()[: empty.sum()]]
         norms = np.linalg.norm(sums, axis=1, keepdims=True)
         centres = np.where(norms > 1e-9, sums / np.maximum(norms, 1e-9), centres)
     return centres.T
 
 
-def told_apart(rows: Array, labels: Sequence[Any] | None, parts: int = 4) -> tuple[Array, Array]:
+def told_apart(rows: Array, domains: Sequence[Any] | None, parts: int = 4) -> tuple[Array, Array]:
     """The classifier of domains (d + 1, k), and each row's domains as told without that row."""
     rows = np.concatenate([rows, np.ones((len(rows), 1), np.float32)], 1)
-    found = {label: at for at, label in enumerate(dict.fromkeys(() if labels is None else labels))}
+    labels: list[Any] = [] if domains is None else np.asarray(domains).tolist()
+    found = {label: at for at, label in enumerate(dict.fromkeys(labels))}
     if len(found) < 2:
         return np.zeros((rows.shape[1], 0), np.float32), np.zeros((len(rows), 0), np.float32)
-    places = np.array([found[label] for label in labels or ()])
+    places = np.array([found[label] for label in labels])
     truth = np.eye(len(found), dtype=np.float32)[places]
     part, likely = np.random.default_rng(0).permutation(len(rows)) % parts, np.empty_like(truth)
     for held in range(parts):

@@ -18,6 +18,7 @@ state: JAX differentiates all of it, to train it further, or with what stands ar
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from functools import lru_cache, partial
@@ -72,7 +73,7 @@ def _style(text: str) -> list[float]:
 
 @state
 class Router:
-    """A learned model of what prompts are worth asking whom; see `fit_router`.
+    """A learned model of how good each model's answers will be; see `fit_router`.
 
     Learnable, each a float32 array: of d dimensions, c clusters, k domains, f features, m models.
     """
@@ -83,23 +84,11 @@ class Router:
     cluster_bias: Array  # (c,)
     domains: Array  # (d, k): a domain's classifier
     domain_bias: Array  # (k,)
+    style_scale: Array  # (17,), or None: learned without prompts
+    style_shift: Array  # (17,)
+    style_usual: Array  # (170,): what counts as no style of its own
     cost: tuple[float, ...] = static_field()  # of a call to each model
     names: tuple[str, ...] = static_field(default=())  # of the models
-    usual: tuple[tuple[float, ...], ...] = static_field(default=())  # style: see `_usual`
-
-
-def _usual(marks: Array) -> tuple[tuple[float, ...], ...]:
-    """What is usual in the style of prompts: means, deviations, and means of products."""
-    mean, deviation = marks.mean(0), marks.std(0)
-    deviation = np.where(deviation > 1e-6, deviation, 1.0)
-    products = _products(np, np.clip((marks - mean) / deviation, -3, 3)).mean(0)
-    return tuple(tuple(map(float, one)) for one in (mean, deviation, products))
-
-
-@lru_cache(64)
-def _arrays(usual: tuple[tuple[float, ...], ...]) -> list[Array]:
-    """The same as arrays."""
-    return [np.array(one, np.float32) for one in usual]
 
 
 @lru_cache
@@ -114,14 +103,20 @@ def _products(xp: Any, marks: Array) -> Array:
     return xp.concatenate([marks, marks[:, one] * marks[:, two] / 2], 1)
 
 
-def _features(xp: Any, clusters: Array, domains: Array, marks: Any, usual: Any) -> Array:
+def _standard(xp: Any, marks: Array, scale: Array, shift: Array) -> Array:
+    """Marks, each with a mean of 0 and a deviation of 1 where the router was learned."""
+    return xp.clip(marks * scale + shift, -3, 3)
+
+
+def _features(
+    xp: Any, clusters: Array, domains: Array, marks: Array | None, usual: Array | None
+) -> Array:  # fmt: skip
     """The features of prompts (n, f), each block scaled by how far its weights may go."""
-    blocks = [10 * clusters, 10 * domains]
+    blocks = [clusters, domains]
     if marks is not None:  # the blocks that a call without prompts can do without are the last
-        mean, deviation, products = _arrays(usual)
-        marks = xp.clip((marks - mean) / deviation, -3, 3)
-        within = 3 * domains[:, :, None] * marks[:, None, :]
-        blocks += [_products(xp, marks) - products, within.reshape(len(marks), -1)]
+        within = 0.3 * domains[:, :, None] * marks[:, None, :]
+        within = within.reshape(len(marks), domains.shape[1] * marks.shape[1])
+        blocks += [0.1 * (_products(xp, marks) - usual), within]
     return xp.concatenate(blocks, 1)
 
 
@@ -129,7 +124,9 @@ def _quality(xp: Any, router: Router, rows: Array, marks: Array | None) -> Array
     """The quality that is predicted for each row and model, in 0 to 1."""
     clusters = shares(xp, rows @ router.clusters + router.cluster_bias)
     domains = shares(xp, rows @ router.domains + router.domain_bias)
-    features = _features(xp, clusters, domains, marks, router.usual)
+    if marks is not None:
+        marks = _standard(xp, marks, router.style_scale, router.style_shift)
+    features = _features(xp, clusters, domains, marks, router.style_usual)
     logits = features @ router.weights[: features.shape[1]] + router.bias
     return 0.5 * xp.tanh(0.5 * logits) + 0.5  # the logistic function: it cannot overflow
 
@@ -140,69 +137,84 @@ def _quality(xp: Any, router: Router, rows: Array, marks: Array | None) -> Array
 def fit_router(
     embeddings: Array, quality: Array, cost: Array, *, prompts: Sequence[str] | None = None,
     domains: Sequence[Any] | None = None, names: Sequence[str] = (), clusters: int = 100,
-    prior: float = 10_000.0,
+    prior: float = 100.0,
 ) -> Router:  # fmt: skip
     """A router, learned from n prompts and how good m models' answers to them were.
 
     embeddings (n, d). quality (n, m) in 0 to 1; NaN where nobody asked. cost (n, m) or (m,), of
     calls, in any unit. prompts: their texts, worth giving. domains: a label for each, as a subject
-    or a task, for learning to tell it. names: of the models. prior: the pull towards the mean, in
-    prompts. The same arguments give the same router. ValueError for wrong shapes and values.
+    or a task, for learning to tell it. names: of the models. prior: of how many prompts in one
+    domain or cluster half is believed. The same arguments give the same router. ValueError for
+    shapes that do not fit, and for values that are wrong.
 
     Weights are a ridge regression's; Platt's scaling of predictions for prompts held out makes
     them probabilities. Domains are told by a multinomial logistic regression, clusters by k-means.
 
-    >>> router = fit_router(np.eye(4), [[1, 0], [1, 0], [0, 1], [0, 1]], [1.0, 2.0], prior=0.1)
-    >>> route(router, np.eye(4), willingness=10.0)
-    array([0, 0, 1, 1])
+    >>> kinds = np.repeat(np.eye(2), 20, 0)  # 20 prompts of each of two kinds, and who is good at it
+    >>> router = fit_router(kinds, kinds, [1.0, 2.0], prior=1.0)
+    >>> route(router, np.eye(2), willingness=10.0)
+    array([0, 1])
     """
     rows, quality, costs = _checked(embeddings, quality, cost, prompts, domains, names)
-    centre = rows.mean(0)
+    if not (clusters >= 1 and 0 < prior < math.inf):
+        raise ValueError(f"fit_router: clusters={clusters} must be above 0, and prior={prior}, too")
+    centre = rows.mean(0, dtype=float)
     scale = float(np.sqrt(((rows - centre) ** 2).sum(1).mean())) or 1.0
-    near = (rows - centre) / scale
-    marks, usual = (None, ()) if prompts is None else ((m := style(prompts)), _usual(m))
-    cluster = 25 * centroids(near, min(clusters, max(1, len(rows) // 10)))
+    near = ((rows - centre) / scale).astype(np.float32)
+    cluster = 25 * centroids(near, min(clusters, len(rows) // 2))
     domain, likely = told_apart(6 * near, domains)
-    made = _features(np, shares(np, near @ cluster), likely, marks, usual)
+    marks, styles = (None, (None, None, None)) if prompts is None else _styles(style(prompts))
+    made = _features(np, shares(np, near @ cluster), likely, marks, styles[2])
     weights, bias = ridge(made, quality, prior)
 
     def head(directions: Array, shift: Array) -> tuple[Array, Array]:
         directions = directions / scale
         return directions, shift - centre @ directions
 
-    heads = *head(cluster, np.zeros(cluster.shape[1])), *head(6 * domain[:-1], domain[-1])
-    return Router(weights, bias, *heads, tuple(map(float, costs)), tuple(names), usual)
+    heads = head(cluster, np.zeros(cluster.shape[1])), head(6 * domain[:-1], domain[-1])
+    leaves: list[Any] = [weights, bias, *heads[0], *heads[1], *styles]
+    return Router(*leaves, tuple(costs.tolist()), tuple(map(str, names)))
+
+
+def _styles(marks: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    """Marks in standard form, and what makes them so: scale, shift, and means of products."""
+    deviation = marks.std(0)
+    scale = 1 / np.where(deviation > 1e-6, deviation, 1.0)
+    shift = -marks.mean(0) * scale
+    marks = _standard(np, marks, scale, shift)
+    return marks, (scale, shift, _products(np, marks).mean(0))
 
 
 def _checked(
     embeddings: Array, quality: Array, cost: Array, prompts: Any, domains: Any, names: Any
 ) -> tuple[Array, Array, Array]:  # fmt: skip
-    """Rows, quality and mean costs, as float32 arrays whose shapes fit."""
+    """Rows, quality and mean costs, as arrays whose shapes fit."""
     rows, quality = np.asarray(embeddings, np.float32), np.asarray(quality, np.float32)
-    cost = np.asarray(cost, np.float64)
-    n, m = (*quality.shape, 0, 0)[:2]
+    cost, (n, m) = np.asarray(cost, float), (*quality.shape, 0, 0)[:2]
     if rows.ndim != 2 or quality.ndim != 2 or len(rows) != n or n < 2 or m < 1:
         shapes = f"embeddings {rows.shape} and quality {quality.shape}"
         raise ValueError(f"fit_router: {shapes} do not fit. Give (n, d) and (n, m), n of 2 or more")
-    for name, value, sizes in (
-        ("cost", cost, [(m,), (n, m)]), ("prompts", prompts, [n]), ("domains", domains, [n]),
-        ("names", names or range(m), [m]),
-    ):  # fmt: skip
-        size = cost.shape if name == "cost" else n if value is None else len(value)
-        if size not in sizes:
-            raise ValueError(f"fit_router: {name} has the size {size}, not {sizes[-1]}")
-    costs = cost if cost.ndim == 1 else np.nanmean(cost, 0)
-    known = np.isfinite(quality)
-    for name, wrong in (
-        ("embeddings", ~np.isfinite(rows).all(1)), ("cost", ~(costs >= 0)),
-        ("quality", ((quality < 0) | (quality > 1)).any(1) | np.isinf(quality).any(1)),
-    ):  # fmt: skip
-        if wrong.any():
+    if cost.shape not in {(m,), (n, m)}:
+        raise ValueError(f"fit_router: cost has the shape {cost.shape}. Give ({m},) or ({n}, {m})")
+    for name, value, size in (("prompts", prompts, n), ("domains", domains, n)):
+        if value is not None and (isinstance(value, str) or len(value) != size):
+            raise ValueError(f"fit_router: {name} are {len(value)} for {n} rows: give one for each")
+    if isinstance(names, str) or (len(names) and not len({*names}) == len(names) == m):
+        raise ValueError(f"fit_router: names={names!r:.80} must be {m} different names")
+    known = ~np.isnan(quality)
+    checks: list[tuple[str, Array]] = [
+        ("embeddings", np.isfinite(rows)), ("cost", np.isfinite(cost) & (cost >= 0)),
+        ("quality", ~known | ((quality >= 0) & (quality <= 1))),
+    ]  # fmt: skip
+    for name, right in checks:
+        if not right.all():
             told = "Give finite numbers, costs of 0 or more, and a quality in 0 to 1 or NaN"
-            raise ValueError(f"fit_router: {name}[{int(wrong.argmax())}] is wrong. {told}")
-    if (lost := np.flatnonzero(known.sum(0) < 2)).size:
-        raise ValueError(f"fit_router: the model {lost[0]} has fewer than 2 known outcomes")
-    return rows, quality, costs
+            where = int(right.reshape(len(right), -1).all(1).argmin())
+            raise ValueError(f"fit_router: {name}[{where}] is wrong. {told}")
+    if (known.sum(0) < 2).any():
+        lost = int((known.sum(0) < 2).argmax())
+        raise ValueError(f"fit_router: of model {lost}, fewer than 2 outcomes are known: log more")
+    return rows, quality, cost if cost.ndim == 1 else cost.mean(0)
 
 
 # ── 4. Use ─── predictions, choices, and the function that calls
@@ -215,9 +227,9 @@ def _known(router: Router, embeddings: Array, prompts: Any) -> Array | None:
         raise ValueError(f"embeddings have the shape {shape}, not (n, {width}): a row for a prompt")
     if prompts is None:
         return None
-    if not router.usual:
+    if router.style_scale is None:
         raise ValueError("this router was learned without prompts. Leave them out, or fit it anew")
-    marks = prompts if hasattr(prompts, "shape") else style(prompts)
+    marks = prompts if getattr(prompts, "ndim", 1) == 2 else style(prompts)
     if marks.shape != (shape[0], 17):
         raise ValueError(f"{len(marks)} prompts for {shape[0]} embeddings: give one for each")
     return marks
@@ -232,7 +244,7 @@ def _example() -> Router:
     """A router of a usual size, to measure."""
     one = np.ones
     heads = one((384, 100)), one(100), one((384, 0)), one(0)
-    return Router(one((100, 4)), one(4), *heads, cost=(1.0,) * 4)
+    return Router(one((100, 4)), one(4), *heads, None, None, None, cost=(1.0,) * 4)
 
 
 def _numpy_quality(
@@ -243,11 +255,15 @@ def _numpy_quality(
     embeddings (n, d). prompts: their texts, or `style(texts)`, for a router that was learned with
     them; without, all of them count as usual. Differentiable in JAX, in the router as well.
 
-    >>> router = fit_router(np.eye(4), [[1, 0], [1, 0], [0, 1], [0, 1]], [1.0, 2.0], prior=0.1)
-    >>> predict_quality(router, np.eye(4)).argmax(1)
-    array([0, 0, 1, 1])
+    >>> kinds = np.repeat(np.eye(2), 20, 0)  # 20 prompts of each of two kinds, and who is good at it
+    >>> router = fit_router(kinds, kinds, [1.0, 2.0], prior=1.0)
+    >>> predict_quality(router, np.eye(2)).argmax(1)
+    array([0, 1])
     """
     marks, rows = _known(router, embeddings, prompts), np.asarray(embeddings, np.float32)
+    if not np.isfinite(rows).all():
+        row = int(np.isfinite(rows).all(1).argmin())
+        raise ValueError(f"embeddings[{row}] is not finite: nothing can be told from it")
     parts = [slice(at, at + 4096) for at in range(0, max(1, len(rows)), 4096)]
     return np.concatenate([
         _quality(np, router, rows[part], None if marks is None else marks[part]) for part in parts
@@ -295,19 +311,22 @@ def route(
     willingness: what an answer that is right, not wrong, is worth, in the unit of the router's
     costs; `math.inf` looks at quality alone. Of equals, the first. ValueError if it is not above 0.
 
-    >>> router = fit_router(np.eye(4), [[1, 0], [1, 0], [0, 1], [0, 1]], [1.0, 2.0], prior=0.1)
-    >>> route(router, np.eye(4), willingness=1e-3)
-    array([0, 0, 0, 0])
+    >>> kinds = np.repeat(np.eye(2), 20, 0)  # 20 prompts of each of two kinds, and who is good at it
+    >>> router = fit_router(kinds, kinds, [1.0, 2.0], prior=1.0)
+    >>> route(router, np.eye(2), willingness=1e-3)
+    array([0, 0])
     """
-    value = predict_quality(router, embeddings, prompts) - _prices(router, willingness)
-    return value.argmax(1)
+    costs = np.array(router.cost)
+    prices = _prices(costs - costs.min(), willingness)
+    return (predict_quality(router, embeddings, prompts) - prices).argmax(1)
 
 
-def _prices(router: Router, willingness: float) -> Array:
-    """The costs of a call to each model, in units of quality."""
+def _prices(costs: Array, willingness: float) -> Array:
+    """Costs in units of quality."""
     if not willingness > 0:
         raise ValueError(f"willingness={willingness!r} must be above 0: the worth of an answer")
-    return (np.array(router.cost) / willingness).astype(np.float32)
+    with np.errstate(over="ignore"):
+        return np.minimum(costs / willingness, 1e30).astype(np.float32)
 
 
 def expected_utility(
@@ -320,18 +339,22 @@ def expected_utility(
     outcome that is not known (NaN) counts as predicted, with no gradient. `jax.grad` by the router
     is how it learns to choose, and not only to predict.
 
-    >>> router = fit_router(np.eye(4), [[1, 0], [1, 0], [0, 1], [0, 1]], [1.0, 2.0], prior=0.1)
-    >>> utility = expected_utility(router, np.eye(4), np.ones((4, 2)), willingness=10.0)
-    >>> 0.8 < utility < 0.9
-    True
+    >>> kinds = np.repeat(np.eye(2), 20, 0)  # 20 prompts of each of two kinds, and who is good at it
+    >>> router = fit_router(kinds, kinds, [1.0, 2.0], prior=1.0)
+    >>> utility = expected_utility(router, np.eye(2), np.eye(2), willingness=10.0)
+    >>> round(float(utility), 2)
+    0.85
     """
-    predicted, prices = predict_quality(router, embeddings, prompts), _prices(router, willingness)
-    xp, known = np, predicted
+    predicted = predict_quality(router, embeddings, prompts)
+    prices, xp, known = _prices(np.array(router.cost), willingness), np, predicted
+    if np.shape(quality) != predicted.shape:
+        shapes = f"{np.shape(quality)}, not {predicted.shape}"
+        raise ValueError(f"quality has the shape {shapes}: give a number for each row and model")
     if not isinstance(predicted, np.ndarray):
         jax = importlib.import_module("jax")
         xp, known = jax.numpy, jax.lax.stop_gradient(predicted)
-    chosen = shares(xp, (predicted - prices) / temperature)
-    worth = xp.where(xp.isnan(quality), known, quality) - prices
+    chosen, outcome = shares(xp, (predicted - prices) / temperature), xp.asarray(quality)
+    worth = xp.where(xp.isnan(outcome), known, outcome) - prices
     return (chosen * worth).sum(1).mean()
 
 
@@ -350,19 +373,28 @@ def routed(
     """
     names = router.names or tuple(models)
     if {*names} != {*models} or len(names) != len(router.cost):
-        told = f"{', '.join(models)}, and the router knows {', '.join(names)}"
-        raise ember.SetupError(f"routed: {len(models)} models for {len(router.cost)}: {told}")
-    _prices(router, willingness)
+        told = f"{', '.join(models)}, and the router knows {len(router.cost)}"
+        told += f": {', '.join(router.names)}" * bool(router.names)
+        raise ember.SetupError(f"routed: the models are {told}. Give a function for each of those")
+    _prices(np.array(router.cost), willingness)
     functions = [models[name] for name in names]
     for fn in functions:
         ember._async_only(fn, "routed()")
+    signature = inspect.signature(functions[0])
+    if not callable(embed) or not signature.parameters:
+        raise TypeError(f"routed: embed={embed!r:.80} must be a function, and models take a prompt")
 
     async def run(args: Any, kwargs: Any) -> R:
-        prompt = args[0] if args else next(iter(kwargs.values()))
-        parts = [one for one in ember._messages(prompt, None) if one["role"] != "system"]
-        text = "\n".join(ember._text(one.get("content")) for one in parts)
-        rows = np.asarray(await ember._awaited(embed([text])), np.float32)
-        place = route(router, rows, [text] if router.usual else None, willingness=willingness)
-        return await functions[int(place[0])](*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        parts = ember._messages(next(iter(bound.arguments.values())), None)
+        said = [ember._text(one.get("content")) for one in parts if one["role"] != "system"]
+        texts = ["\n".join(said)]
+        rows = np.asarray(await ember._awaited(embed(texts)), np.float32)
+        if len(rows) != 1:
+            raise ValueError(f"routed: embed gave {len(rows)} vectors for one text")
+        marks = None if router.style_scale is None else texts
+        [place] = route(router, rows, marks, willingness=willingness)
+        return await functions[int(place)](*args, **kwargs)
 
     return ember._combined("routed", functions[0], run)

@@ -35,7 +35,7 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, TypeVar, cast, dataclass_transform
 
 import numpy as np
 
@@ -372,16 +372,24 @@ def save(obj: Any, path: str | os.PathLike[str]) -> None:
         part.unlink(missing_ok=True)
 
 
-def restore(like: T, path: str | os.PathLike[str]) -> T:
+def restore(like: type[T] | T, path: str | os.PathLike[str]) -> T:
     """A state with the arrays of a file, as NumPy's, and the statics of `like`.
 
     Raises ValueError, naming the field, where the file and `like` differ in a field's name, shape
     or dtype, or in a static value that JSON can hold. Models and functions are those of `like`.
+    Of a class whose fields are all arrays, or static and in the file, the class will do.
     """
-    arrays, told = _saved(like)
     with np.load(path, allow_pickle=False) as file:
         found = dict(file)
     saved = json.loads(found["json"].tobytes())
+    if isinstance(like, type):
+        cls: Any = like
+        given: dict[str, Any] = {}
+        for name in (*cls._dynamic, *cls._static):
+            at = f"{cls.__name__}.{name}"
+            given[name] = found.get(at) if name in cls._dynamic else json.loads(saved[at])
+        like = cast("T", cls(**given))
+    arrays, told = _saved(like)
     for name in sorted({*told, *saved}):
         now, then = told.get(name, "missing"), saved.get(name, "missing")
         if now != then:
