@@ -83,7 +83,7 @@ def cost_quality_curve(
     router's own costs. willingness: those to try; by default 40, from "cost is everything" to
     "quality is everything". ValueError for an outcome that is not known (NaN).
 
-    >>> kinds = np.repeat(np.eye(2), 20, 0)  # 20 prompts of each of two kinds, and who is good at it
+    >>> kinds = np.repeat(np.eye(2), 20, 0)  # 20 prompts of each of either kind, and who is good
     >>> router = fit_router(kinds, kinds, [1.0, 2.0], prior=1.0)
     >>> curve = cost_quality_curve(router, kinds, kinds)
     >>> curve.cost[[0, -1]], curve.quality[[0, -1]]

@@ -150,7 +150,7 @@ def fit_router(
     Weights are a ridge regression's; Platt's scaling of predictions for prompts held out makes
     them probabilities. Domains are told by a multinomial logistic regression, clusters by k-means.
 
-    >>> kinds = np.repeat(np.eye(2), 20, 0)  # 20 prompts of each of two kinds, and who is good at it
+    >>> kinds = np.repeat(np.eye(2), 20, 0)  # 20 prompts of each of either kind, and who is good
     >>> router = fit_router(kinds, kinds, [1.0, 2.0], prior=1.0)
     >>> route(router, np.eye(2), willingness=10.0)
     array([0, 1])
@@ -171,9 +171,10 @@ def fit_router(
         directions = directions / scale
         return directions, shift - centre @ directions
 
-    heads = head(cluster, np.zeros(cluster.shape[1])), head(6 * domain[:-1], domain[-1])
-    leaves: list[Any] = [weights, bias, *heads[0], *heads[1], *styles]
-    return Router(*leaves, tuple(costs.tolist()), tuple(map(str, names)))
+    return Router(
+        weights, bias, *head(cluster, 0 * cluster[0]), *head(6 * domain[:-1], domain[-1]),
+        styles[0], styles[1], styles[2], tuple(costs.tolist()), tuple(map(str, names)),
+    )  # fmt: skip
 
 
 def _styles(marks: Array) -> tuple[Array, tuple[Array, Array, Array]]:
@@ -255,7 +256,7 @@ def _numpy_quality(
     embeddings (n, d). prompts: their texts, or `style(texts)`, for a router that was learned with
     them; without, all of them count as usual. Differentiable in JAX, in the router as well.
 
-    >>> kinds = np.repeat(np.eye(2), 20, 0)  # 20 prompts of each of two kinds, and who is good at it
+    >>> kinds = np.repeat(np.eye(2), 20, 0)  # 20 prompts of each of either kind, and who is good
     >>> router = fit_router(kinds, kinds, [1.0, 2.0], prior=1.0)
     >>> predict_quality(router, np.eye(2)).argmax(1)
     array([0, 1])
@@ -311,7 +312,7 @@ def route(
     willingness: what an answer that is right, not wrong, is worth, in the unit of the router's
     costs; `math.inf` looks at quality alone. Of equals, the first. ValueError if it is not above 0.
 
-    >>> kinds = np.repeat(np.eye(2), 20, 0)  # 20 prompts of each of two kinds, and who is good at it
+    >>> kinds = np.repeat(np.eye(2), 20, 0)  # 20 prompts of each of either kind, and who is good
     >>> router = fit_router(kinds, kinds, [1.0, 2.0], prior=1.0)
     >>> route(router, np.eye(2), willingness=1e-3)
     array([0, 0])
@@ -339,7 +340,7 @@ def expected_utility(
     outcome that is not known (NaN) counts as predicted, with no gradient. `jax.grad` by the router
     is how it learns to choose, and not only to predict.
 
-    >>> kinds = np.repeat(np.eye(2), 20, 0)  # 20 prompts of each of two kinds, and who is good at it
+    >>> kinds = np.repeat(np.eye(2), 20, 0)  # 20 prompts of each of either kind, and who is good
     >>> router = fit_router(kinds, kinds, [1.0, 2.0], prior=1.0)
     >>> utility = expected_utility(router, np.eye(2), np.eye(2), willingness=10.0)
     >>> round(float(utility), 2)
