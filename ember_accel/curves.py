@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ember_accel.routing import Router, predict_quality
+from ember_accel.routing import Router, predict_quality, priced
 
 Array = Any
 
@@ -89,22 +89,21 @@ def cost_quality_curve(
     >>> curve.cost[[0, -1]], curve.quality[[0, -1]]
     (array([1. , 1.5]), array([0.5, 1. ]))
     """
-    predicted = np.asarray(predict_quality(router, embeddings, prompts), float)
+    predicted = np.asarray(predict_quality(router, embeddings, prompts))
     quality, own = np.asarray(quality, float), np.array(router.cost)
     paid = own if cost is None else np.asarray(cost, float)
     if quality.shape != predicted.shape or paid.shape not in {own.shape, quality.shape}:
         shapes = f"quality {quality.shape} and cost {paid.shape}"
         raise ValueError(f"{shapes} do not fit. Give a number for each of {predicted.shape}")
     paid = np.broadcast_to(paid, quality.shape)
-    if not len(quality) or not (np.isfinite(quality) & np.isfinite(paid)).all():
-        row = int((np.isfinite(quality) & np.isfinite(paid)).all(1).argmin()) if len(quality) else 0
-        raise ValueError(f"row {row} is not known. Give rows in which every model was asked")
+    known = (np.isfinite(quality) & np.isfinite(paid)).all(1)
+    if not len(known) or not known.all():
+        told = f"row {known.argmin()} is not known" if len(known) else "there are no rows"
+        raise ValueError(f"{told}. Give rows in which every model was asked")
     gap = float(np.ptp(own)) or 1.0
     tried = np.geomspace(1e-2, 1e3, 40) * gap if willingness is None else np.array(willingness)
-    if not (tried > 0).all():
-        raise ValueError(f"willingness={willingness!r:.80} must be above 0: the worth of an answer")
     rows = np.arange(len(quality))
-    chosen = [(predicted - (own - own.min()) / one).argmax(1) for one in tried]
+    chosen = [(predicted - priced(own - own.min(), one)).argmax(1) for one in tried]
     names = router.names or tuple(map(str, range(len(own))))
     return Curve(
         tried,

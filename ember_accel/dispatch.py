@@ -442,6 +442,8 @@ def parity(
     """
     causes = operation.missing()
     names = prefer or [name for name in causes if causes[name] is None]
+    if isinstance(prefer, str) or {*names} - {*causes}:
+        raise SetupError(f"{operation.name}: prefer={prefer!r:.80} is no list of {[*causes]}")
     if not names:
         raise SetupError(f"{operation.name}: no implementation can run. {causes}")
 

@@ -43,7 +43,8 @@ def centroids(rows: Array, count: int) -> Array:
 def told_apart(rows: Array, domains: Sequence[Any] | None, parts: int = 4) -> tuple[Array, Array]:
     """The classifier of domains (d + 1, k), and each row's domains as told without that row."""
     rows = np.concatenate([rows, np.ones((len(rows), 1), np.float32)], 1)
-    labels: list[Any] = [] if domains is None else np.asarray(domains).tolist()
+    given: Any = () if domains is None else domains
+    labels: list[Any] = given.tolist() if hasattr(given, "tolist") else [*given]
     found = {label: at for at, label in enumerate(dict.fromkeys(labels))}
     if len(found) < 2:
         return np.zeros((rows.shape[1], 0), np.float32), np.zeros((len(rows), 0), np.float32)
@@ -99,15 +100,17 @@ def ridge(features: Array, quality: Array, prior: float, parts: int = 5) -> tupl
 def _platt(guess: Array, truth: Array) -> tuple[Array, Array]:
     """The slope and the shift by which guesses become logits of the truth, for each column.
 
-    Platt (1999), by Newton's method; a prior as heavy as one outcome keeps both finite.
+    Platt (1999), by Newton's method; a prior as heavy as one outcome keeps both finite. A slope
+    below 0 is chance: guesses that are worth nothing get 0.
     """
     base = np.clip(truth.mean(0), 0.5 / len(truth), 1 - 0.5 / len(truth))
-    unit = 1 / np.maximum(base * (1 - base), 0.01)
-    usual = np.stack([np.log(base / (1 - base)), np.ones_like(base)])
+    spread = guess.std(0)
+    unit = 1 / np.where(spread > 0, spread, 1.0)
+    usual = np.stack([np.log(base / (1 - base)), np.zeros_like(base)])
     found, inputs = usual.copy(), np.stack([np.ones_like(guess), guess * unit])
     for _ in range(25):
         chance = 0.5 * np.tanh(0.5 * (found[:, None] * inputs).sum(0)) + 0.5
         push = (inputs * (chance - truth)).sum(1) + found - usual
         bend = np.einsum("inm,jnm,nm->mij", inputs, inputs, chance * (1 - chance)) + np.eye(2)
         found = found - np.clip(np.linalg.solve(bend, push.T[..., None])[..., 0].T, -1, 1)
-    return found[1] * unit, found[0]
+    return np.maximum(found[1], 0) * unit, found[0]

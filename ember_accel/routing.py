@@ -84,8 +84,8 @@ class Router:
     cluster_bias: Array  # (c,)
     domains: Array  # (d, k): a domain's classifier
     domain_bias: Array  # (k,)
-    style_scale: Array  # (17,), or None: learned without prompts
-    style_shift: Array  # (17,)
+    style_mean: Array  # (17,), or None: learned without prompts
+    style_scale: Array  # (17,)
     style_usual: Array  # (170,): what counts as no style of its own
     cost: tuple[float, ...] = static_field()  # of a call to each model
     names: tuple[str, ...] = static_field(default=())  # of the models
@@ -103,9 +103,9 @@ def _products(xp: Any, marks: Array) -> Array:
     return xp.concatenate([marks, marks[:, one] * marks[:, two] / 2], 1)
 
 
-def _standard(xp: Any, marks: Array, scale: Array, shift: Array) -> Array:
+def _standard(xp: Any, marks: Array, mean: Array, scale: Array) -> Array:
     """Marks, each with a mean of 0 and a deviation of 1 where the router was learned."""
-    return xp.clip(marks * scale + shift, -3, 3)
+    return xp.clip((marks - mean) * scale, -3, 3)
 
 
 def _features(
@@ -125,7 +125,7 @@ def _quality(xp: Any, router: Router, rows: Array, marks: Array | None) -> Array
     clusters = shares(xp, rows @ router.clusters + router.cluster_bias)
     domains = shares(xp, rows @ router.domains + router.domain_bias)
     if marks is not None:
-        marks = _standard(xp, marks, router.style_scale, router.style_shift)
+        marks = _standard(xp, marks, router.style_mean, router.style_scale)
     features = _features(xp, clusters, domains, marks, router.style_usual)
     logits = features @ router.weights[: features.shape[1]] + router.bias
     return 0.5 * xp.tanh(0.5 * logits) + 0.5  # the logistic function: it cannot overflow
@@ -141,8 +141,8 @@ def fit_router(
 ) -> Router:  # fmt: skip
     """A router, learned from n prompts and how good m models' answers to them were.
 
-    embeddings (n, d). quality (n, m) in 0 to 1; NaN where nobody asked. cost (n, m) or (m,), of
-    calls, in any unit. prompts: their texts, worth giving. domains: a label for each, as a subject
+    embeddings (n, d). quality (n, m) in 0 to 1, and cost (n, m) or (m,) of calls, in any unit; NaN
+    where nobody asked. prompts: their texts, worth giving. domains: a label for each, as a subject
     or a task, for learning to tell it. names: of the models. prior: of how many prompts in one
     domain or cluster half is believed. The same arguments give the same router. ValueError for
     shapes that do not fit, and for values that are wrong.
@@ -171,19 +171,19 @@ def fit_router(
         directions = directions / scale
         return directions, shift - centre @ directions
 
+    parts = head(cluster, np.zeros(cluster.shape[1])), head(6 * domain[:-1], domain[-1])
     return Router(
-        weights, bias, *head(cluster, 0 * cluster[0]), *head(6 * domain[:-1], domain[-1]),
-        styles[0], styles[1], styles[2], tuple(costs.tolist()), tuple(map(str, names)),
+        weights, bias, *parts[0], *parts[1], styles[0], styles[1], styles[2],
+        tuple(costs.tolist()), tuple(map(str, names)),
     )  # fmt: skip
 
 
 def _styles(marks: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    """Marks in standard form, and what makes them so: scale, shift, and means of products."""
-    deviation = marks.std(0)
-    scale = 1 / np.where(deviation > 1e-6, deviation, 1.0)
-    shift = -marks.mean(0) * scale
-    marks = _standard(np, marks, scale, shift)
-    return marks, (scale, shift, _products(np, marks).mean(0))
+    """Marks in standard form, and what makes them so: means, scale, and means of products."""
+    mean, deviation = marks.mean(0, dtype=float), marks.std(0, dtype=float)
+    scale = 1 / np.where(deviation > 1e-3, deviation, 1.0)  # below that, all are alike
+    marks = _standard(np, marks, mean, scale).astype(np.float32)
+    return marks, (mean, scale, _products(np, marks).mean(0))
 
 
 def _checked(
@@ -197,14 +197,16 @@ def _checked(
         raise ValueError(f"fit_router: {shapes} do not fit. Give (n, d) and (n, m), n of 2 or more")
     if cost.shape not in {(m,), (n, m)}:
         raise ValueError(f"fit_router: cost has the shape {cost.shape}. Give ({m},) or ({n}, {m})")
-    for name, value, size in (("prompts", prompts, n), ("domains", domains, n)):
-        if value is not None and (isinstance(value, str) or len(value) != size):
+    for name, value in (("prompts", prompts), ("domains", domains)):
+        if isinstance(value, str):
+            raise TypeError(f"fit_router: {name}={value!r:.80} is a text. Give a list of {n}")
+        if value is not None and len(value) != n:
             raise ValueError(f"fit_router: {name} are {len(value)} for {n} rows: give one for each")
     if isinstance(names, str) or (len(names) and not len({*names}) == len(names) == m):
         raise ValueError(f"fit_router: names={names!r:.80} must be {m} different names")
-    known = ~np.isnan(quality)
+    known, paid = ~np.isnan(quality), ~np.isnan(cost)
     checks: list[tuple[str, Array]] = [
-        ("embeddings", np.isfinite(rows)), ("cost", np.isfinite(cost) & (cost >= 0)),
+        ("embeddings", np.isfinite(rows)), ("cost", ~paid | (np.isfinite(cost) & (cost >= 0))),
         ("quality", ~known | ((quality >= 0) & (quality <= 1))),
     ]  # fmt: skip
     for name, right in checks:
@@ -212,10 +214,10 @@ def _checked(
             told = "Give finite numbers, costs of 0 or more, and a quality in 0 to 1 or NaN"
             where = int(right.reshape(len(right), -1).all(1).argmin())
             raise ValueError(f"fit_router: {name}[{where}] is wrong. {told}")
-    if (known.sum(0) < 2).any():
-        lost = int((known.sum(0) < 2).argmax())
-        raise ValueError(f"fit_router: of model {lost}, fewer than 2 outcomes are known: log more")
-    return rows, quality, cost if cost.ndim == 1 else cost.mean(0)
+    if (few := (known.sum(0) < 2) | ~(paid if paid.ndim == 1 else paid.any(0))).any():
+        told = f"of model {int(few.argmax())}, fewer than 2 outcomes are known, or no cost"
+        raise ValueError(f"fit_router: {told}. Log more calls of it, or leave it out")
+    return rows, quality, cost if cost.ndim == 1 else np.nanmean(cost, 0)
 
 
 # ── 4. Use ─── predictions, choices, and the function that calls
@@ -228,7 +230,7 @@ def _known(router: Router, embeddings: Array, prompts: Any) -> Array | None:
         raise ValueError(f"embeddings have the shape {shape}, not (n, {width}): a row for a prompt")
     if prompts is None:
         return None
-    if router.style_scale is None:
+    if router.style_mean is None:
         raise ValueError("this router was learned without prompts. Leave them out, or fit it anew")
     marks = prompts if getattr(prompts, "ndim", 1) == 2 else style(prompts)
     if marks.shape != (shape[0], 17):
@@ -318,11 +320,11 @@ def route(
     array([0, 0])
     """
     costs = np.array(router.cost)
-    prices = _prices(costs - costs.min(), willingness)
+    prices = priced(costs - costs.min(), willingness)
     return (predict_quality(router, embeddings, prompts) - prices).argmax(1)
 
 
-def _prices(costs: Array, willingness: float) -> Array:
+def priced(costs: Array, willingness: float) -> Array:
     """Costs in units of quality."""
     if not willingness > 0:
         raise ValueError(f"willingness={willingness!r} must be above 0: the worth of an answer")
@@ -347,7 +349,7 @@ def expected_utility(
     0.85
     """
     predicted = predict_quality(router, embeddings, prompts)
-    prices, xp, known = _prices(np.array(router.cost), willingness), np, predicted
+    prices, xp, known = priced(np.array(router.cost), willingness), np, predicted
     if np.shape(quality) != predicted.shape:
         shapes = f"{np.shape(quality)}, not {predicted.shape}"
         raise ValueError(f"quality has the shape {shapes}: give a number for each row and model")
@@ -372,12 +374,14 @@ def routed(
 
     >>> ask = routed(router, {"small": models.llama, "large": models.gpt4}, embed, willingness=0.01)
     """
+    if not hasattr(models, "keys"):
+        raise TypeError(f"routed: models={models!r:.80} must be {{name: async function}}")
     names = router.names or tuple(models)
     if {*names} != {*models} or len(names) != len(router.cost):
         told = f"{', '.join(models)}, and the router knows {len(router.cost)}"
         told += f": {', '.join(router.names)}" * bool(router.names)
         raise ember.SetupError(f"routed: the models are {told}. Give a function for each of those")
-    _prices(np.array(router.cost), willingness)
+    priced(np.array(router.cost), willingness)
     functions = [models[name] for name in names]
     for fn in functions:
         ember._async_only(fn, "routed()")
@@ -388,13 +392,14 @@ def routed(
     async def run(args: Any, kwargs: Any) -> R:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        parts = ember._messages(next(iter(bound.arguments.values())), None)
+        first = args[0] if args else next(iter(bound.arguments.values()))
+        parts = ember._messages(first, None)
         said = [ember._text(one.get("content")) for one in parts if one["role"] != "system"]
         texts = ["\n".join(said)]
         rows = np.asarray(await ember._awaited(embed(texts)), np.float32)
         if len(rows) != 1:
             raise ValueError(f"routed: embed gave {len(rows)} vectors for one text")
-        marks = None if router.style_scale is None else texts
+        marks = None if router.style_mean is None else texts
         [place] = route(router, rows, marks, willingness=willingness)
         return await functions[int(place)](*args, **kwargs)
 
