@@ -58,7 +58,8 @@ if not TYPE_CHECKING:  # a checker takes a name that is not above for a mistake
         """What a file here defines: it is imported when first used, and NumPy with it."""
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+        return home if name == _HOMES[name] else getattr(home, name)  # state is both
 
 
 def __dir__() -> list[str]:

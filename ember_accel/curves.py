@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ember_accel.routing import Router, predict_quality, priced
+from ember_accel.routing import Router, chosen, predict_quality
 
 Array = Any
 
@@ -47,14 +47,15 @@ class Curve:
         single = np.array([*self.alone.values()], float)
         costs, qualities = np.r_[self.cost, single[:, 0]], np.r_[self.quality, single[:, 1]]
         scale = np.log if 0 < 20 * costs.min() < costs.max() else np.asarray
+        unit = "cost, logarithmic" if scale is np.log else "cost"
         places = np.stack([scale(costs), -qualities], 1)
         low, high = places.min(0), places.max(0)
         share = (places - low) / np.where(high > low, high - low, 1)
         x, y = (np.array([60, 30]) + share * [width - 160, height - 80]).round(1).T
         line = " ".join(f"{a},{b}" for a, b in zip(x[: len(self.cost)], y, strict=False))
         points = zip(x[len(self.cost) :], y[len(self.cost) :], self.alone, strict=True)
-        texts = [(60, height - 10, f"cost {costs.min():.3g} to {costs.max():.3g}")]
-        texts += [(60, 16, f"quality {qualities.min():.3f} to {qualities.max():.3f}")]
+        texts = [(60, height - 10, f"{unit}: {costs.min():.3g} to {costs.max():.3g}")]
+        texts += [(60, 16, f"quality: {qualities.min():.3f} to {qualities.max():.3f}")]
         circles = ""
         for a, b, name in points:
             circles += f'<circle cx="{a}" cy="{b}" r="4" fill="#d33"/>'
@@ -99,15 +100,18 @@ def cost_quality_curve(
     known = (np.isfinite(quality) & np.isfinite(paid)).all(1)
     if not len(known) or not known.all():
         told = f"row {known.argmin()} is not known" if len(known) else "there are no rows"
-        raise ValueError(f"{told}. Give rows in which every model was asked")
-    gap = float(np.ptp(own)) or 1.0
-    tried = np.geomspace(1e-2, 1e3, 40) * gap if willingness is None else np.array(willingness)
+        told += ". Give rows in which every model was asked, or fill the gaps, as by"
+        raise ValueError(f"{told} np.where(np.isnan(quality), predict_quality(…), quality)")
+    gaps = np.diff(np.unique(own))
+    low, high = (gaps.min(), gaps.max()) if len(gaps) else (1.0, 1.0)
+    tried = np.geomspace(0.5 * low, 1e3 * high, 40) if willingness is None else willingness
+    tried = np.sort(np.ravel(tried))
     rows = np.arange(len(quality))
-    chosen = [(predicted - priced(own - own.min(), one)).argmax(1) for one in tried]
+    asked = [chosen(router, predicted, one) for one in tried]
     names = router.names or tuple(map(str, range(len(own))))
     return Curve(
         tried,
-        np.array([paid[rows, one].mean() for one in chosen]),
-        np.array([quality[rows, one].mean() for one in chosen]),
+        np.array([paid[rows, one].mean() for one in asked]),
+        np.array([quality[rows, one].mean() for one in asked]),
         dict(zip(names, zip(paid.mean(0), quality.mean(0), strict=True), strict=True)),
     )

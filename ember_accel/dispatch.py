@@ -1,6 +1,6 @@
 """Dual implementation: one operation, several implementations, the best of them for each call.
 
-    from ember_accel import measured, operation
+    from ember_accel.dispatch import measured, operation
 
     topk = operation("topk", {"numpy": in_numpy, "jax": in_jax}, choose=measured("topk", size))
     topk(queries, docs, 10)                     # the fastest for this size, where the data lies
@@ -18,7 +18,6 @@ rewrites measured.json, the table that they choose by.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import importlib.util
 import inspect
@@ -37,6 +36,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from ember import SetupError
+from ember_accel.places import COLD, DEVICE, HOST, TRACED, leaves_of, moved, place_of
 
 R = TypeVar("R")
 
@@ -92,61 +92,7 @@ def _extended(variable: ContextVar[Any], values: tuple[Any, ...]) -> Generator[N
             variable.reset(token)
 
 
-# ── 2. Places ─── where the data of a call lies
-
-_COLD, _HOST, _DEVICE, _TRACED = range(4)  # cold: on the host, and JAX is not imported
-
-
-def _place(values: Iterable[Any]) -> int:
-    """Where values lie, and what is in them: the highest of their places."""
-    if not hasattr(sys.modules.get("jax"), "jit"):
-        return _COLD
-    place, nested = _place_of(frozenset(map(type, values)))
-    return max(place, _place_of(frozenset(map(type, _leaves(values))))[0]) if nested else place
-
-
-@functools.lru_cache(1024)
-def _place_of(kinds: frozenset[type]) -> tuple[int, bool]:
-    """Where the values of types lie, and whether there may be others in them."""
-    jax: Any = sys.modules["jax"]
-    bases = {_TRACED: jax.core.Tracer, _DEVICE: jax.Array, _HOST: object}
-    places = [at for at, base in bases.items() if any(issubclass(kind, base) for kind in kinds)]
-    return max(places, default=_HOST), any(_is_nested(kind) for kind in kinds)
-
-
-@functools.lru_cache(1024)
-def _is_nested(kind: Any) -> bool:
-    """Whether there are other values in those of a type."""
-    return issubclass(kind, list | tuple | Mapping) or dataclasses.is_dataclass(kind)
-
-
-def _leaves(value: Any, depth: int = 4) -> list[Any]:
-    """What is in lists, tuples, mappings and dataclasses down to a depth, or the value itself."""
-    if not depth or not _is_nested(cast("Any", type(value))):
-        return [value]
-    parts: Iterable[Any] = value
-    if isinstance(value, Mapping):
-        parts = sorted(cast("Any", value).items(), key=str)
-    elif dataclasses.is_dataclass(value):
-        parts = [getattr(value, each.name, None) for each in dataclasses.fields(value)]
-    return [leaf for each in parts for leaf in _leaves(each, depth - 1)]
-
-
-def _moved(result: Any, place: int) -> Any:
-    """A result with its arrays where the arguments lie."""
-    jax: Any = sys.modules.get("jax")
-    if place == _TRACED or (place != _DEVICE and _place([result]) != _DEVICE):
-        return result
-    np: Any = importlib.import_module("numpy")
-    kind, made = (np.ndarray, jax.numpy.asarray) if place == _DEVICE else (jax.Array, np.array)
-
-    def move(leaf: Any) -> Any:
-        return made(leaf) if isinstance(leaf, kind) else leaf
-
-    return jax.tree_util.tree_map(move, result)
-
-
-# ── 3. Measured ─── a choice by a table of what was measured
+# ── 2. Measured ─── a choice by a table of what was measured
 
 _FILE = Path(__file__).with_name("measured.json")
 
@@ -172,37 +118,38 @@ class Measured:
 
     def __call__(self, available: Sequence[str], *args: Any, **kwargs: Any) -> str:
         """The fastest for a call, for a `choose=` that goes on to this one."""
-        place = _place((*args, *kwargs.values()))
+        place = place_of((*args, *kwargs.values()))
         return self.fastest(available, place, self.of(*args, **kwargs))
 
     def of(self, *args: Any, **kwargs: Any) -> tuple[int, ...]:
         """The size of a call; () for wrong arguments, of which the implementation complains."""
         try:
-            return tuple(map(int, self.size(*args, **kwargs)))
+            return tuple(max(0, int(n)) for n in self.size(*args, **kwargs))
         except (AttributeError, LookupError, TypeError, ValueError):
             return ()
 
     def fastest(self, available: Sequence[str], place: int, size: tuple[int, ...]) -> str:
         """The fastest of those available at the nearest size, by the ratios of its numbers."""
-        backend = sys.modules["jax"].default_backend() if place >= _DEVICE else "host"
+        backend = sys.modules["jax"].default_backend() if place >= DEVICE else "host"
         # Pallas is interpreted on a CPU. Data on the host is no reason to import JAX.
-        never = ["pallas"] * (backend in {"host", "cpu"}) + ["jax"] * (place == _COLD)
+        never = ["pallas"] * (backend in {"host", "cpu"}) + ["jax"] * (place == COLD)
         names = [name for name in available if name not in never] or available
         rows = [row for row in _table().get(self.name, {}).get(backend, []) if size]
         logs = [math.log1p(n) for n in size]
+        rows = [row for row in rows if len(row[0]) == len(size)]  # else the call is wrong
         far = [math.dist([math.log1p(n) for n in row[0]], logs) for row in rows]
         near: dict[str, float] = rows[far.index(min(far))][1] if rows else {}
-        times = {"jax" if place >= _DEVICE else "numpy": sys.float_info.max} | near
+        times = {"jax" if place >= DEVICE else "numpy": sys.float_info.max} | near
         return min(names, key=lambda name: times.get(name, math.inf))
 
 
 measured = Measured
 
 
-# ── 4. Operations ─── the choice, the call, and what takes over
+# ── 3. Operations ─── the choice, the call, and what takes over
 
 _MODULES = {"numpy": "numpy", "jax": "jax", "pallas": "jax", "dspy": "dspy"}
-_HOMES = {"numpy": (_COLD, _HOST, _TRACED), "jax": (_DEVICE, _TRACED)}  # of what they return
+_HOMES = {"numpy": (COLD, HOST, TRACED), "jax": (DEVICE, TRACED)}  # of what they return
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,9 +183,10 @@ class Operation(Generic[R]):
 
     def __post_init__(self) -> None:
         """Check the implementations, and look like the first."""
-        functions: dict[Any, Any] = dict(self.implementations)
+        given: Any = self.implementations
+        functions: dict[Any, Any] = dict(given) if hasattr(given, "keys") else {}
         if not functions or not all(isinstance(name, str) for name in (self.name, *functions)):
-            told = f"{self.name!r:.80} and {functions!r:.200}"
+            told = f"{self.name!r:.80} and {given!r:.200}"
             raise TypeError(f"operation() takes a name and {{name: function}}, not {told}")
         first, *_ = functions.values()
         for name, fn in functions.items():
@@ -248,6 +196,7 @@ class Operation(Generic[R]):
         looks = functools.update_wrapper(cast("Any", types.SimpleNamespace()), first, updated=())
         modules = {name: (_MODULES | dict(self.needs or {})).get(name, "") for name in functions}
         vars(self).update(vars(looks), modules=modules, is_async=_is_async(first))
+        vars(self)["implementations"] = types.MappingProxyType(functions)
         if self.is_async:
             vars(self)["__call__"] = self._awaited  # where decorators look for what is async
 
@@ -263,7 +212,7 @@ class Operation(Generic[R]):
             try:
                 result = self.implementations[name](*args, **kwargs)
                 if place not in _HOMES.get(self.modules[name], ()):
-                    result = _moved(result, place)
+                    result = moved(result, place)
             except BaseException as error:
                 if not self._takes_over(order[at:], name, size, started, error):
                     raise
@@ -294,22 +243,24 @@ class Operation(Generic[R]):
         self, args: tuple[Any, ...], kwargs: dict[str, Any], prefer: str | None, *, fallback: bool
     ) -> tuple[int, tuple[int, ...], tuple[str, ...]]:
         """The place and the size of a call, and the implementations to try, in this order."""
-        place, choose = _place((*args, *kwargs.values()) if kwargs else args), self.choose
+        place, choose = place_of((*args, *kwargs.values()) if kwargs else args), self.choose
         size = choose.of(*args, **kwargs) if isinstance(choose, Measured) else ()
         asked = prefer, _preferred.get(), os.environ.get("EMBER_ACCEL", "")
         order, lost = _order(self, *asked, place, size)
         if choose and not order[0]:
-            order = tuple(dict.fromkeys([choose(order[1:], *args, **kwargs), *order[1:]]))
+            if (name := choose(order[1:], *args, **kwargs)) not in order[1:]:
+                raise SetupError(f"{self.name}: choose= gave {name!r:.80}, not one of {order[1:]}")
+            order = tuple(dict.fromkeys([name, *order[1:]]))
         for name, cause in lost.items():
             if not fallback:
                 raise SetupError(f"{self.name}: {name!r} cannot run. {cause}")
             _warn(self, name, cause, order[0])
         return place, size, order if fallback else order[:1]
 
-    def missing(self, place: int = _HOST) -> dict[str, str | None]:
+    def missing(self, place: int = HOST) -> dict[str, str | None]:
         """Why each implementation cannot run; None where it can."""
         causes = {name: _absent(module) for name, module in self.modules.items()}
-        blind = [name for name in causes if place == _TRACED and self.modules[name] == "numpy"]
+        blind = [name for name in causes if place == TRACED and self.modules[name] == "numpy"]
         return causes | dict.fromkeys(blind, "jit, grad and vmap trace functions of JAX only")
 
     def _takes_over(
@@ -372,13 +323,15 @@ def _order(
     return tuple(dict.fromkeys([*wanted, *usable])), {name: str(causes[name]) for name in lost}
 
 
-@functools.lru_cache(4096)
 def _warn(operation: Operation[Any], name: str, cause: str, instead: str) -> None:
-    """Say once that another implementation takes the place of one."""
-    told = f"{operation.name}: {name!r} cannot run, {instead!r} takes its place. {cause}"
-    warnings.warn(told, RuntimeWarning, stacklevel=4)
+    """Say that another implementation takes the place of one: once for each kind of cause."""
+    if (key := (operation, name, cause.partition("(")[0])) not in _warned:
+        _warned.add(key)
+        told = f"{operation.name}: {name!r} cannot run, {instead!r} takes its place. {cause}"
+        warnings.warn(told, RuntimeWarning, stacklevel=4)
 
 
+_warned = set[tuple[Any, ...]]()
 operation = Operation
 
 
@@ -401,7 +354,7 @@ def library() -> list[Operation[Any]]:
     return [*{one.name: one for one in found}.values()]
 
 
-# ── 5. Parity ─── whether implementations agree
+# ── 4. Parity ─── whether implementations agree
 
 
 @dataclass(frozen=True)
@@ -468,7 +421,7 @@ def parity(
 def _gap(ours: Any, theirs: Any) -> float:
     """The largest difference of the numbers in two results; inf where all else is not the same."""
     most = 0.0
-    for a, b in itertools.zip_longest(_leaves(ours, 99), _leaves(theirs, 99)):
+    for a, b in itertools.zip_longest(leaves_of(ours, 99), leaves_of(theirs, 99)):
         if all(isinstance(one, int | float) or hasattr(one, "__array__") for one in (a, b)):
             import numpy as np
 

@@ -6,9 +6,10 @@ documents are split among programs, as one query must fill a GPU too; XLA merges
 
 On a CPU they run in Pallas's interpreter, which shows that they are right, and is slow. For a GPU
 they are written for Triton, to which they lower; they have not been run or measured on one yet
-(`python tests/bench/bench_kernels.py` does both). Gradients, of the first order, have no kernels:
-theirs are sums over queries and over documents at once, which programs side by side would have to
-share. XLA adds them up tile by tile, as fast as its products are, from the kernels' states.
+(`python tests/bench/bench_kernels.py` does both). Gradients have no kernels: theirs are sums over
+queries and over documents at once, which programs side by side would have to share. XLA adds them
+up tile by tile, as fast as its products are, from the kernels' states. Second derivatives keep all
+tiles, and are those of jax.grad twice: jax.jvp, and so jax.hessian, is an error.
 """
 
 # JAX's own types are partly unknown.
@@ -41,7 +42,8 @@ def compiled(name: str, implementation: str) -> Any:
     """A compiled function with its gradient.
 
     Forward gives the result, and what else the gradient needs. The gradient takes the arguments
-    that are arrays, the result, that rest, and the cotangent of the result.
+    that are arrays, the result, that rest, and the cotangents of both: a gradient's own gradient
+    comes to the arguments through the result and the rest, too.
     """
     walked = functools.partial(getattr(tiles, f"{name}_tiles"), jnp)
     kernel = walked if implementation == "jax" else globals()[f"{name}_kernel"]
@@ -51,15 +53,15 @@ def compiled(name: str, implementation: str) -> Any:
         return (walked if 0 in np.concatenate([*map(np.shape, args)]) else kernel)(*args)
 
     def saved(*args: Any) -> Any:
-        result, rest = forward(*args)
-        return result, (args[: 2 if static else None], result, rest)
+        found = call(*args)  # not forward: it is differentiated, too
+        return found, (args[: 2 if static else None], *found)
 
-    call: Any = jax.custom_vjp(lambda *args: forward(*args)[0], nondiff_argnums=static)
-    call.defvjp(saved, lambda *args: backward(*args[-2], args[-1]))
-    return jax.jit(call, static_argnums=static)
+    call: Any = jax.custom_vjp(forward, nondiff_argnums=static)
+    call.defvjp(saved, lambda *args: backward(*args[-2], *args[-1]))
+    return jax.jit(lambda *args: call(*args)[0], static_argnums=static)
 
 
-def topk_gradient(arguments: Any, result: Any, _: Any, cotangent: Any) -> Arrays:
+def topk_gradient(arguments: Any, result: Any, _: Any, cotangent: Any, __: Any) -> Arrays:
     """The gradients for queries and docs: a document has those of the queries that found it."""
     queries, docs = arguments
 
@@ -74,7 +76,7 @@ def topk_gradient(arguments: Any, result: Any, _: Any, cotangent: Any) -> Arrays
     return _summed(len(queries), size, step, arguments)
 
 
-def maxsim_gradient(arguments: Any, _: Any, __: Any, cotangent: Array) -> Arrays:
+def maxsim_gradient(arguments: Any, _: Any, __: Any, cotangent: Array, ___: Any) -> Arrays:
     """The gradients for query and docs: a token has those of the tokens that it is best for."""
     query, docs, lengths = arguments
 
@@ -91,15 +93,21 @@ def maxsim_gradient(arguments: Any, _: Any, __: Any, cotangent: Array) -> Arrays
     return (*_summed(len(docs), size, step, (query, docs)), None)
 
 
-def local_quality_gradient(arguments: Any, value: Array, state: Any, cotangent: Array) -> Arrays:
-    """The gradients for all arguments: those of `part`, summed over tiles."""
+def local_quality_gradient(
+    arguments: Any, value: Array, state: Any, cotangent: Array, more: Any
+) -> Arrays:
+    """The gradients for all arguments: those of `part`, summed over tiles.
+
+    The largest product, which result and sums are relative to, counts as a constant: all is right
+    whatever it is.
+    """
     queries, points, quality, temperature = arguments
     share = cotangent / state[1]
-    fixed = (state[0], share, (share * value).sum(axis=1, keepdims=True))
+    fixed = (state[0], share, (share * value).sum(axis=1, keepdims=True) - more[1])
 
     def part(some: Array, near: Array, known: Array, rate: Array, fixed: Any) -> Array:
         top, share, mean = fixed
-        gaps = jnp.maximum(dots(jnp, some, near) - top, np.finfo(np.float32).min)
+        gaps = jnp.maximum(dots(jnp, some, near) - top, -1e4 * temperature)  # exp(-1e4) is 0
         return (jnp.exp(gaps * rate) * (product(jnp, share, known.T) - mean)).sum()
 
     def row(grads: Any, start: Any, length: int) -> Any:
@@ -114,7 +122,7 @@ def local_quality_gradient(arguments: Any, value: Array, state: Any, cotangent: 
 
     rows, columns = tiles.tile(len(queries), len(points), queries.shape[1], quality.shape[1])
     *grads, rate = _summed(len(queries), rows, row, arguments)
-    return (*grads, -rate / temperature**2)
+    return (*grads, -rate / temperature / temperature)
 
 
 def _added(array: Array, part: Array, start: Any) -> Array:

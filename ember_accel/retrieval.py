@@ -102,7 +102,7 @@ def dots(xp: Any, left: Array, right: Array, size: int = 16) -> Array:
 
 def _matrices(xp: Any, name: str, *arrays: Array) -> list[Array]:
     """Arrays that are matrices, the first two of one width."""
-    found = [xp.asarray(array) for array in arrays]
+    found = [_numbers(xp, name, array) for array in arrays]
     shapes = [array.shape for array in found]
     if any(len(shape) != 2 for shape in shapes) or shapes[0][1] != shapes[1][1]:
         rule = "takes matrices, the first two of one width; of a row x make x[None]"
@@ -110,10 +110,18 @@ def _matrices(xp: Any, name: str, *arrays: Array) -> list[Array]:
     return found
 
 
+def _numbers(xp: Any, name: str, values: Any) -> Array:
+    """Values as an array of real numbers."""
+    found = values if hasattr(values, "dtype") else xp.asarray(values)
+    if found.dtype.kind in "OSUTcMm":
+        raise TypeError(f"{name} takes real numbers, got {values!r:.80}")
+    return xp.asarray(found)
+
+
 def _known(value: Any) -> bool:
     """Whether a value is there already, and not only when a compiled function runs."""
-    jax: Any = sys.modules.get("jax")
-    return jax is None or not isinstance(value, jax.core.Tracer)
+    core = getattr(sys.modules.get("jax"), "core", None)  # without, JAX is still being imported
+    return not isinstance(value, getattr(core, "Tracer", ()))
 
 
 def _in_jax(name: str, implementation: str, check: Any, *args: Any, **kwargs: Any) -> Any:
@@ -123,10 +131,11 @@ def _in_jax(name: str, implementation: str, check: Any, *args: Any, **kwargs: An
     return compiled(name, implementation)(*check(sys.modules["jax"].numpy, *args, **kwargs))
 
 
-def _size(*args: Any, **_: Any) -> tuple[int, ...]:
+def _size(numbers: int, values: Arrays) -> tuple[int, ...]:
     """What decides about the time: the sizes of all matrices, of a list by its first."""
-    shapes = [(len(x), *np.shape(x[0])) if isinstance(x, list) else np.shape(x) for x in args]
-    return tuple(n for shape in shapes if len(shape) > 1 for n in shape)
+    shapes = [(len(x), *np.shape(x[0])) if isinstance(x, list) else np.shape(x) for x in values]
+    sizes = tuple(n for shape in shapes if len(shape) > 1 for n in shape)
+    return sizes if len(sizes) == numbers else ()  # of wrong arguments
 
 
 def _random(*shapes: tuple[int, ...]) -> Arrays:
@@ -134,15 +143,18 @@ def _random(*shapes: tuple[int, ...]) -> Arrays:
     return tuple(np.random.default_rng(0).normal(size=shape).astype("f4") for shape in shapes)
 
 
-def _retrieval(check: Any, case: Callable[[int, int], Arrays]) -> Callable[..., Operation[Any]]:
+def _retrieval(check: Any, numbers: int, case: Any) -> Callable[..., Operation[Any]]:
     """A decorator that makes an operation of NumPy's function: beside it, JAX's and Pallas's."""
+
+    def size(*args: Any, **kwargs: Any) -> tuple[int, ...]:
+        return _size(numbers, (*args, *kwargs.values()))
 
     def decorate(fn: Callable[..., Any]) -> Operation[Any]:
         functions: dict[str, Any] = {"numpy": np.errstate(all="ignore")(fn)}
         for other in ("jax", "pallas"):
             functions[other] = functools.partial(_in_jax, fn.__name__, other, check)
         return operation(
-            fn.__name__, functions, choose=measured(fn.__name__, _size),
+            fn.__name__, functions, choose=measured(fn.__name__, size),
             recovers=(RuntimeError, MemoryError),
             cases=lambda: (case(q, n) for q in (1, 64, 1024) for n in (100, 1000, 10_000)),
         )
@@ -156,12 +168,12 @@ def _retrieval(check: Any, case: Callable[[int, int], Arrays]) -> Callable[..., 
 def _topk_arguments(xp: Any, queries: Array, docs: Array, k: int) -> Arrays:
     """The arguments, checked."""
     queries, docs = _matrices(xp, "topk", queries, docs)
-    if not 0 <= operator.index(k) <= len(docs):
-        raise ValueError(f"topk: k={k} must be from 0 to the number of docs, {len(docs)}")
+    if not hasattr(k, "__index__") or not 0 <= operator.index(k) <= len(docs):
+        raise ValueError(f"topk: k={k!r:.20} must be an integer from 0 to {len(docs)}, all docs")
     return queries, docs, operator.index(k)
 
 
-@_retrieval(_topk_arguments, lambda q, n: (*_random((q, 384), (n, 384)), 10))
+@_retrieval(_topk_arguments, 4, lambda q, n: (*_random((q, 384), (n, 384)), 10))
 def topk(queries: Array, docs: Array, k: int) -> tuple[Array, Array]:
     """The scores and indices, each (q, k), of the documents with the largest inner products.
 
@@ -236,11 +248,10 @@ def largest(xp: Any, keys: Array, k: int) -> tuple[Array, Array]:
 
 def _maxsim_arguments(xp: Any, query: Array, docs: Any, lengths: Any = None) -> Arrays:
     """The arguments, checked; documents padded, with the lengths of all."""
-    query = xp.asarray(query)
-    if lengths is None and isinstance(docs, list | tuple):
-        lengths = np.array([len(doc) for doc in docs], int)
-        docs = _padded(xp, docs, lengths, query.shape[-1])
-    docs = xp.asarray(docs)
+    query = _numbers(xp, "maxsim", query)
+    if lengths is None and query.ndim == 2 and isinstance(docs, list | tuple):
+        docs, lengths = _padded(xp, docs, query.shape[1])
+    docs = _numbers(xp, "maxsim", docs)
     if query.ndim != 2 or not len(query) or docs.ndim != 3 or docs.shape[2] != query.shape[1]:
         rule = "maxsim takes (tokens, d), and a list of (tokens, d), or padded (docs, tokens, d)"
         raise ValueError(f"{rule}. It was given the shapes {query.shape} and {docs.shape}")
@@ -254,17 +265,21 @@ def _maxsim_arguments(xp: Any, query: Array, docs: Any, lengths: Any = None) -> 
     return query, docs, xp.asarray(lengths, int)
 
 
-def _padded(xp: Any, docs: Any, lengths: Array, width: int) -> Array:
-    """Documents as one array, with zeros behind them; by sixteens, so that few shapes compile."""
-    longest = -(-lengths.max(initial=1) // 16) * 16
+def _padded(xp: Any, docs: Any, width: int) -> Arrays:
+    """Documents as one array, zeros behind them, and lengths; by sixteens: few shapes compile."""
     docs = [doc if hasattr(doc, "shape") else np.asarray(doc, float) for doc in docs]
+    for at, doc in enumerate(docs):
+        if doc.shape[:1] != (0,) and (doc.ndim != 2 or doc.shape[1] != width):
+            raise ValueError(f"maxsim: docs[{at}] has the shape {doc.shape}, not (tokens, {width})")
     docs = [doc if len(doc) else np.zeros((0, width), np.float32) for doc in docs]
+    lengths = np.array([len(doc) for doc in docs], int)
+    longest = -(-lengths.max(initial=1) // 16) * 16
     xp = np if all(isinstance(doc, np.ndarray) for doc in docs) else xp
     padded = [xp.pad(doc, ((0, longest - len(doc)), (0, 0))) for doc in docs]
-    return xp.stack(padded) if padded else xp.zeros((0, longest, width), np.float32)
+    return xp.stack(padded) if padded else xp.zeros((0, longest, width), np.float32), lengths
 
 
-@_retrieval(_maxsim_arguments, lambda q, n: _random((q, 128), (n // 50, 64, 128)))
+@_retrieval(_maxsim_arguments, 5, lambda q, n: _random((q, 128), (n // 50, 64, 128)))
 def maxsim(query: Array, docs: Any, lengths: Array | None = None) -> Array:
     """The scores (n,) of documents: for each token of the query the best inner product, summed.
 
@@ -304,6 +319,8 @@ def best_tokens(xp: Any, query: Array, docs: Array, lengths: Array, at: Any, siz
         products = dots(xp, query, tokens).reshape(len(query), size, length)
         products = xp.where(first + xp.arange(length) < counts, products, -np.inf)
         top, places = products.max(axis=2), products.argmax(axis=2) + first
+        if xp is not np:  # XLA's CPU loses NaN where it takes product and maximum in one
+            top = xp.where(xp.isnan(products).any(axis=2), np.nan, top)
         better = (top > best[0]) | (xp.isnan(top) & ~xp.isnan(best[0]))
         return xp.where(better, top, best[0]), xp.where(better, places, best[1])
 
@@ -321,18 +338,20 @@ def _local_arguments(xp: Any, queries: Any, points: Any, quality: Any, temperatu
     if not 0 < len(points) == len(quality):
         rule = "local_quality takes a point at least, and a row of quality for each"
         raise ValueError(f"{rule}. It was given {len(points)} points and {len(quality)} rows")
-    if np.ndim(temperature) or (_known(temperature) and not temperature >= np.finfo("f4").tiny):
-        raise ValueError(f"local_quality: temperature={temperature!r:.40} must be a number above 0")
+    given = hasattr(temperature, "__float__") and not np.ndim(temperature)
+    if not given or (_known(temperature) and not 2**-126 <= float(temperature) < 2**128):
+        rule = "must be a finite number above 0"
+        raise ValueError(f"local_quality: temperature={temperature!r:.40} {rule}")
     return queries, points, quality, xp.asarray(temperature, kind_of(xp, queries, points, quality))
 
 
-@_retrieval(_local_arguments, lambda q, n: (*_random((q, 384), (n, 384), (n, 8)), 0.1))
+@_retrieval(_local_arguments, 6, lambda q, n: (*_random((q, 384), (n, 384), (n, 8)), 0.1))
 def local_quality(queries: Array, points: Array, quality: Array, temperature: Any) -> Array:
     """The quality (q, m) expected of queries: a mean over all points, the near ones weighing more.
 
     softmax(queries @ points.T / temperature) @ quality, of queries (q, d), points (n, d), quality
-    (n, m). Products of any size are stable; NaN and infinity go on to what they touch, so that a
-    NaN in a column of quality makes that column NaN. In JAX differentiable by all four arguments.
+    (n, m). Finite products of any size are stable; NaN and infinity go on to what they touch: a NaN
+    in a column of quality makes that column NaN. In JAX differentiable by all four arguments.
     Source: Nadaraya and Watson, 1964, with the weights of attention.
 
     >>> local_quality([[1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]], [[1.0], [0.0]], 1.0).round(3).tolist()

@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import sys
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, TypeVar
@@ -28,10 +29,12 @@ import numpy as np
 
 import ember
 from ember_accel.dispatch import measured, operation
-from ember_accel.learning import centroids, ridge, shares, told_apart
-from ember_accel.state import state, static_field
+from ember_accel.learning import centroids, logistic, logit, ridge, shares, told_apart
+from ember_accel.places import DEVICE, place_of
+from ember_accel.state import field, state, static_field
 
 Array = Any  # of NumPy, or of JAX
+PRIORS = (3.0, 10.0, 30.0, 100.0, 300.0)
 R = TypeVar("R")
 
 # ── 1. Style ─── how a prompt is written, in numbers
@@ -78,15 +81,17 @@ class Router:
     Learnable, each a float32 array: of d dimensions, c clusters, k domains, f features, m models.
     """
 
-    weights: Array  # (f, m): of clusters, then domains, style, and style within a domain
-    bias: Array  # (m,)
-    clusters: Array  # (d, c): a soft cluster's direction
-    cluster_bias: Array  # (c,)
-    domains: Array  # (d, k): a domain's classifier
-    domain_bias: Array  # (k,)
-    style_mean: Array  # (17,), or None: learned without prompts
-    style_scale: Array  # (17,)
-    style_usual: Array  # (170,): what counts as no style of its own
+    weights: Array = field(repr=False)  # (f, m): of clusters, domains, style, style in a domain
+    bias: Array = field(repr=False)  # (m,)
+    slope: Array = field(repr=False)  # (m,): what makes probabilities of predictions
+    shift: Array = field(repr=False)  # (m,)
+    clusters: Array = field(repr=False)  # (d, c): a soft cluster's direction
+    cluster_bias: Array = field(repr=False)  # (c,)
+    domains: Array = field(repr=False)  # (d, k): a domain's classifier
+    domain_bias: Array = field(repr=False)  # (k,)
+    style_mean: Array = field(repr=False)  # (17,), or None: learned without prompts
+    style_scale: Array = field(repr=False)  # (17,)
+    style_usual: Array = field(repr=False)  # (170,): what counts as no style of its own
     cost: tuple[float, ...] = static_field()  # of a call to each model
     names: tuple[str, ...] = static_field(default=())  # of the models
 
@@ -127,8 +132,8 @@ def _quality(xp: Any, router: Router, rows: Array, marks: Array | None) -> Array
     if marks is not None:
         marks = _standard(xp, marks, router.style_mean, router.style_scale)
     features = _features(xp, clusters, domains, marks, router.style_usual)
-    logits = features @ router.weights[: features.shape[1]] + router.bias
-    return 0.5 * xp.tanh(0.5 * logits) + 0.5  # the logistic function: it cannot overflow
+    chance = features @ router.weights[: features.shape[1]] + router.bias
+    return logistic(xp, router.slope * logit(xp, chance) + router.shift)
 
 
 # ── 3. Learning ─── from a log of calls
@@ -137,15 +142,16 @@ def _quality(xp: Any, router: Router, rows: Array, marks: Array | None) -> Array
 def fit_router(
     embeddings: Array, quality: Array, cost: Array, *, prompts: Sequence[str] | None = None,
     domains: Sequence[Any] | None = None, names: Sequence[str] = (), clusters: int = 100,
-    prior: float = 100.0,
+    prior: float | None = None,
 ) -> Router:  # fmt: skip
     """A router, learned from n prompts and how good m models' answers to them were.
 
     embeddings (n, d). quality (n, m) in 0 to 1, and cost (n, m) or (m,) of calls, in any unit; NaN
     where nobody asked. prompts: their texts, worth giving. domains: a label for each, as a subject
-    or a task, for learning to tell it. names: of the models. prior: of how many prompts in one
-    domain or cluster half is believed. The same arguments give the same router. ValueError for
-    shapes that do not fit, and for values that are wrong.
+    or a task, for learning to tell it; without, up to 20 groups of like prompts stand for them.
+    names: of the models. prior: how many prompts a cluster or domain has before its own outcomes
+    count for half; without, of 3 to 300 that which predicts rows held out best. The same arguments
+    give the same router. ValueError for shapes that do not fit, and for wrong values.
 
     Weights are a ridge regression's; Platt's scaling of predictions for prompts held out makes
     them probabilities. Domains are told by a multinomial logistic regression, clusters by k-means.
@@ -156,16 +162,19 @@ def fit_router(
     array([0, 1])
     """
     rows, quality, costs = _checked(embeddings, quality, cost, prompts, domains, names)
-    if not (clusters >= 1 and 0 < prior < math.inf):
+    if clusters < 1 or (prior is not None and not 0 < prior < math.inf):
         raise ValueError(f"fit_router: clusters={clusters} must be above 0, and prior={prior}, too")
     centre = rows.mean(0, dtype=float)
     scale = float(np.sqrt(((rows - centre) ** 2).sum(1).mean())) or 1.0
     near = ((rows - centre) / scale).astype(np.float32)
     cluster = 25 * centroids(near, min(clusters, len(rows) // 2))
-    domain, likely = told_apart(6 * near, domains)
+    if domains is None:  # groups that are found are better than none
+        groups = (near @ centroids(near, min(20, max(1, len(rows) // 25)))).argmax(1)
+        domains = [*map(int, groups)]
+    domain, likely = told_apart(6 * near, np.asarray(domains, object).tolist())
     marks, styles = (None, (None, None, None)) if prompts is None else _styles(style(prompts))
     made = _features(np, shares(np, near @ cluster), likely, marks, styles[2])
-    weights, bias = ridge(made, quality, prior)
+    found = ridge(made, quality, [prior] if prior else PRIORS)
 
     def head(directions: Array, shift: Array) -> tuple[Array, Array]:
         directions = directions / scale
@@ -173,7 +182,7 @@ def fit_router(
 
     parts = head(cluster, np.zeros(cluster.shape[1])), head(6 * domain[:-1], domain[-1])
     return Router(
-        weights, bias, *parts[0], *parts[1], styles[0], styles[1], styles[2],
+        *found, *parts[0], *parts[1], styles[0], styles[1], styles[2],
         tuple(costs.tolist()), tuple(map(str, names)),
     )  # fmt: skip
 
@@ -202,6 +211,9 @@ def _checked(
             raise TypeError(f"fit_router: {name}={value!r:.80} is a text. Give a list of {n}")
         if value is not None and len(value) != n:
             raise ValueError(f"fit_router: {name} are {len(value)} for {n} rows: give one for each")
+    labels = [] if domains is None else [*domains]
+    if odd := [at for at, one in enumerate(labels) if str(one) in {"None", "nan"}]:
+        raise ValueError(f"fit_router: domains[{odd[0]}] is {labels[odd[0]]}. Give it a label")
     if isinstance(names, str) or (len(names) and not len({*names}) == len(names) == m):
         raise ValueError(f"fit_router: names={names!r:.80} must be {m} different names")
     known, paid = ~np.isnan(quality), ~np.isnan(cost)
@@ -247,7 +259,7 @@ def _example() -> Router:
     """A router of a usual size, to measure."""
     one = np.ones
     heads = one((384, 100)), one(100), one((384, 0)), one(0)
-    return Router(one((100, 4)), one(4), *heads, None, None, None, cost=(1.0,) * 4)
+    return Router(one((100, 4)), one(4), one(4), one(4), *heads, None, None, None, cost=(1.0,) * 4)
 
 
 def _numpy_quality(
@@ -312,16 +324,23 @@ def route(
     """The index (n,) of the model to ask for each of n prompts: quality - cost / willingness.
 
     willingness: what an answer that is right, not wrong, is worth, in the unit of the router's
-    costs; `math.inf` looks at quality alone. Of equals, the first. ValueError if it is not above 0.
+    costs; `math.inf` looks at quality alone. Of equals, the cheapest. ValueError if not above 0.
 
     >>> kinds = np.repeat(np.eye(2), 20, 0)  # 20 prompts of each of either kind, and who is good
     >>> router = fit_router(kinds, kinds, [1.0, 2.0], prior=1.0)
     >>> route(router, np.eye(2), willingness=1e-3)
     array([0, 0])
     """
+    return chosen(router, predict_quality(router, embeddings, prompts), willingness)
+
+
+def chosen(router: Router, predicted: Array, willingness: float) -> Array:
+    """The index of the best model for each row of predicted quality."""
     costs = np.array(router.cost)
-    prices = priced(costs - costs.min(), willingness)
-    return (predict_quality(router, embeddings, prompts) - prices).argmax(1)
+    order = np.argsort(costs, kind="stable")  # argmax takes the first of equals
+    value = predicted - priced(costs - costs.min(), willingness)
+    at = value[:, order].argmax(1)
+    return order[at] if isinstance(at, np.ndarray) else sys.modules["jax"].numpy.asarray(order)[at]
 
 
 def priced(costs: Array, willingness: float) -> Array:
@@ -353,12 +372,12 @@ def expected_utility(
     if np.shape(quality) != predicted.shape:
         shapes = f"{np.shape(quality)}, not {predicted.shape}"
         raise ValueError(f"quality has the shape {shapes}: give a number for each row and model")
-    if not isinstance(predicted, np.ndarray):
+    if place_of((predicted, quality)) >= DEVICE:
         jax = importlib.import_module("jax")
         xp, known = jax.numpy, jax.lax.stop_gradient(predicted)
-    chosen, outcome = shares(xp, (predicted - prices) / temperature), xp.asarray(quality)
+    likely, outcome = shares(xp, (predicted - prices) / temperature), xp.asarray(quality)
     worth = xp.where(xp.isnan(outcome), known, outcome) - prices
-    return (chosen * worth).sum(1).mean()
+    return (likely * worth).sum(1).mean()
 
 
 def routed(
@@ -370,7 +389,8 @@ def routed(
     models: an async function by each name of the router's, or in its order, where it has none.
     embed: an async or plain function of a list of texts that returns their vectors, those the
     router was learned with, such as `models.embedding.embed`. It is used wherever a model is, with
-    the arguments of the first; a list of messages is routed by their text. Raises SetupError.
+    the arguments of the first; a list of messages is routed by their text. willingness: as for
+    `route`; without it the best is asked at any price. Raises SetupError.
 
     >>> ask = routed(router, {"small": models.llama, "large": models.gpt4}, embed, willingness=0.01)
     """
@@ -397,8 +417,8 @@ def routed(
         said = [ember._text(one.get("content")) for one in parts if one["role"] != "system"]
         texts = ["\n".join(said)]
         rows = np.asarray(await ember._awaited(embed(texts)), np.float32)
-        if len(rows) != 1:
-            raise ValueError(f"routed: embed gave {len(rows)} vectors for one text")
+        if rows.ndim != 2 or len(rows) != 1:
+            raise ValueError(f"routed: embed gave {rows.shape} for a list of one text, not (1, d)")
         marks = None if router.style_mean is None else texts
         [place] = route(router, rows, marks, willingness=willingness)
         return await functions[int(place)](*args, **kwargs)

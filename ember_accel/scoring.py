@@ -32,7 +32,7 @@ R = TypeVar("R")
 
 def _numpy(core: Callable[..., Any], *static: int) -> Callable[..., Any]:
     """A core run by NumPy, as a function of its arrays."""
-    return lambda *arrays: core(np, *static, *map(np.asarray, arrays))
+    return lambda *arrays: core(np, *static, *(np.asarray(array, float) for array in arrays))
 
 
 @cache
@@ -108,30 +108,36 @@ def _solved(xp: Any, step: Callable[..., Any], fixed: Any, start: Any, most: Any
 
 
 def _checked(
-    name: str, value: Any, *shapes: tuple[int, ...], low: float = 0, high: float = 1e300,
+    name: str, value: Any, *shapes: tuple[int, ...], low: float = 0, high: float = 1e30,
     whole: bool = False,
 ) -> Array:
     """The value as an array; a ValueError says which entry is wrong. Of a tracer: the shape."""
     jax: Any = sys.modules.get("jax")
-    if not (jax and isinstance(value, jax.core.Tracer)):
-        value = value if jax and isinstance(value, jax.Array) else np.asarray(value)
-        known = np.asarray(value)
-        if known.dtype.kind in "OSUcMm":
-            raise TypeError(f"{name} takes numbers, got {known!r:.80}")
+    if not isinstance(value, getattr(getattr(jax, "core", None), "Tracer", ())):
+        value = value if isinstance(value, getattr(jax, "Array", ())) else np.asarray(value)
+        if value.dtype.kind in "OSUTcMm":
+            raise TypeError(f"{name} takes numbers, got {value!r:.80}")
+        known = np.asarray(value, float)  # in float32, any bound may be infinite
         bad = np.argwhere(~((known >= low) & (known <= high)) | whole & (known != np.floor(known)))
         if len(bad):
             right = f"a {'whole' if whole else 'finite'} number from {low} to {high}"
-            raise ValueError(f"{name}{bad[0].tolist() or ''} is {known[*bad[0]]}, not {right}")
-    if shapes and value.shape not in shapes:
-        raise ValueError(f"{name} has shape {value.shape}, not {' or '.join(map(str, shapes))}")
+            raise ValueError(f"{name}{bad[0].tolist() or ''} is {value[*bad[0]]}, not {right}")
+    if value.shape not in shapes if shapes else not value.shape:
+        right = " or ".join(map(str, shapes)) or "(…, n)"
+        raise ValueError(f"{name} has shape {value.shape}, not {right}")
     return value
+
+
+def _count(name: str, value: Any, least: int) -> int:
+    """How many there are, a whole number."""
+    if not hasattr(value, "__index__") or operator.index(value) < least:
+        raise ValueError(f"{name} is {value!r:.40}, not a whole number from {least} up")
+    return operator.index(value)
 
 
 def _votes(votes: Any, n_classes: int) -> Array:
     """Votes as an array of whole numbers from -1 up."""
-    if operator.index(n_classes) < 2:
-        raise ValueError(f"n_classes is {n_classes}. A vote is between two classes or more")
-    return _checked("votes", votes, low=-1, high=n_classes - 1, whole=True)
+    return _checked("votes", votes, low=-1, high=_count("n_classes", n_classes, 2) - 1, whole=True)
 
 
 # ── 3. Votes ─── shares of them, and what is true by Bayes' rule
@@ -186,7 +192,7 @@ def posterior(run: Any, votes: Array, confusion: Array, prior: Array | float = 1
     >>> posterior([[0, 1, 1]], [sure, unsure, unsure])
     array([[0.8, 0.2]])
     """
-    classes = np.shape(confusion)[-1]
+    classes = (2, *np.shape(confusion))[-1]
     votes = _votes(votes, classes)
     confusion = _checked("confusion", confusion, (votes.shape[-1], classes, classes))
     return run(_posterior)(votes, confusion, _checked("prior", prior, (), (classes,)))
@@ -294,7 +300,8 @@ def bradley_terry(
     >>> bradley_terry([[0, 1], [0, 1], [0, 1], [1, 0]], 2, prior=1e-9).round(4)
     array([ 0.5493, -0.5493])
     """
-    pairs = _checked("pairs", pairs, (len(pairs), 2), (0,), high=n - 1, whole=True)
+    n, k = _count("n", n, 1), len(pairs) if np.ndim(pairs) else 0
+    pairs = _checked("pairs", pairs, (k, 2), (0,), high=n - 1, whole=True)
     weights = _checked("weights", weights, (), pairs.shape[:1])
     return run(_bradley_terry, n)(pairs, weights, _checked("prior", prior, (), low=1e-9))
 
@@ -302,7 +309,7 @@ def bradley_terry(
 def _bradley_terry(xp: Any, n: int, pairs: Array, weights: Array, prior: Array) -> Array:
     """Strengths by Newton's method."""
     cells = (pairs.reshape(-1, 2) @ xp.asarray([n, 1])).astype(int)
-    weights, size = weights + 0 * cells, {} if xp is np else {"length": n * n}
+    weights, size = weights + xp.zeros(cells.shape), {} if xp is np else {"length": n * n}
     wins = xp.bincount(cells, weights, n * n, **size).reshape(n, n)
 
     def step(fixed: Any, state: Any) -> tuple[Array]:
@@ -328,16 +335,17 @@ def fit_temperature(run: Any, logits: Array, labels: Array) -> Array:
     """The temperature to divide logits by, so that probabilities are as sure as they are right.
 
     logits: (items, classes) and labels (items,) of classes, or (items, classes) of their shares;
-    or logits (items,) of yes against no, and labels (items,) from 0 to 1. It has the highest
-    likelihood (Guo et al., 2017), between 1e-12 and 1e6 times the largest difference within a row
-    of logits: the first where the highest logit is always right, the other where logits say
-    nothing, or the contrary. It is 1 where all are equal, or none are there.
+    or logits (items,) of yes against no, and labels (items,) from 0 to 1. Shares are divided by
+    their sum; equal ones stand for a row of 0. The temperature has the highest likelihood (Guo et
+    al., 2017), between 1e-12 and 1e6 times the largest difference within a row of logits: the first
+    where the highest logit is always right, the other where logits say nothing, or the contrary.
+    It is 1 where all are equal, or none are there.
     The gradient reaches logits and labels that are shares.
 
     >>> fit_temperature([2.0, 2.0, 2.0, -2.0], [1, 1, 0, 0]).round(4)
     np.float64(1.8205)
     """
-    logits = _checked("logits", logits, low=-1e300)
+    logits = _checked("logits", logits, low=-1e30)
     is_class = np.ndim(labels) < logits.ndim
     high = logits.shape[-1] - 1 if is_class else 1
     shapes = (logits.shape, logits.shape[:-1])[: logits.ndim]
@@ -347,6 +355,7 @@ def fit_temperature(run: Any, logits: Array, labels: Array) -> Array:
 
 def _fit_temperature(xp: Any, logits: Array, labels: Array) -> Array:
     """The temperature, by halving where its logarithm is."""
+    logits = logits.astype(float)  # in 16 bits, a difference may be infinite
     if logits.ndim == 1:
         logits, labels = xp.stack([0 * logits, logits], -1), xp.stack([1 - labels, labels], -1)
     labels = labels if labels.ndim == logits.ndim else _one_hot(xp, labels, logits.shape[-1])

@@ -32,10 +32,11 @@ import json
 import os
 import re
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform, overload
 
 import numpy as np
 
@@ -43,6 +44,13 @@ T = TypeVar("T")
 Function = Callable[..., Any]
 
 # ── 1. Statics ─── values that cannot change, and that are equal only where they are the same
+
+
+def _jax() -> Any:
+    """JAX, if it has been imported to the end: another thread may be at it."""
+    jax = sys.modules.get("jax")
+    return None if getattr(getattr(jax, "__spec__", None), "_initializing", False) else jax
+
 
 
 def _refuse(*_args: Any, **_given: Any) -> Any:
@@ -61,6 +69,9 @@ class Frozen(dict[Any, Any]):
         return Frozen, (dict(self),)
 
 
+_EXACT = {bool, bytes, int, str, types.MethodType}  # equal only where they are the same
+
+
 def _frozen(path: str, value: Any) -> tuple[Any, Any]:
     """A static value that cannot change, and its kind: all of it that `==` does not see.
 
@@ -68,6 +79,7 @@ def _frozen(path: str, value: Any) -> tuple[Any, Any]:
     would run what it has compiled for the other.
     """
     kind: Any = type(value)
+    name: Any = (kind.__module__, kind.__qualname__)  # not the class: an object may be pickled
     if isinstance(value, Mapping):
         (keys, values), kinds = _frozen(path, ([*value], [*value.values()]))
         return Frozen(zip(keys, values, strict=True)), (keys, kinds)
@@ -75,7 +87,8 @@ def _frozen(path: str, value: Any) -> tuple[Any, Any]:
         make = frozenset if isinstance(value, set | frozenset) else getattr(kind, "_make", tuple)
         parts = [_frozen(path, one) for one in value]
         frozen = make(one for one, _ in parts)
-        return frozen, (type(frozen).__qualname__, make(parts))
+        kinds = frozenset(parts) if make is frozenset else (*parts,)
+        return frozen, ("tuple" if make is tuple else name, getattr(kind, "_fields", ()), kinds)
     is_array = hasattr(kind, "__array__") and not isinstance(value, np.generic)
     if is_array or kind.__hash__ is None:
         raise TypeError(f"{path}={value!r:.60} is static, but {kind.__name__} has no hash: an array"
@@ -83,12 +96,15 @@ def _frozen(path: str, value: Any) -> tuple[Any, Any]:
     if isinstance(value, float | complex | np.inexact):
         if np.isnan(value):
             raise ValueError(f"{path} is static, but NaN: nothing equals it, not even itself")
-        return value, (kind.__qualname__, str(value))
+        return value, (*name, str(value))
+    if isinstance(value, functools.partial):
+        hash((value.args, *value.keywords.values()))  # a list in it could change
     hash(value)
-    name: Any = kind.__qualname__  # not the class, so that an object can be pickled
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         parts = [getattr(value, each.name) for each in dataclasses.fields(value) if each.compare]
-        name = (name, *(_frozen(path, one)[1] for one in parts))
+        return value, (*name, *(_frozen(path, one)[1] for one in parts))
+    if kind not in _EXACT and kind.__eq__ is not object.__eq__:
+        return value, (*name, repr(value))  # as of Decimal("1.0"), range(0, 3, 2), a datetime
     return value, name
 
 
@@ -105,7 +121,7 @@ def _rebuilt(like: Any, leaves: Iterable[Any]) -> Any:
 
 def _level(node: Any) -> tuple[Any, dict[str, Any], dict[str, Any], Function]:
     """A node's form (None: a leaf), its children, its statics, and what makes it of others."""
-    kind, jax = type(node), sys.modules.get("jax")
+    kind, jax = type(node), _jax()
     if getattr(kind, _MARK, None) is True:
         children = {f".{name}": getattr(node, name) for name in kind._dynamic}
         static = {f".{name}": getattr(node, name) for name in kind._static}
@@ -144,7 +160,8 @@ def _array(path: str, leaf: Any) -> Any:
         leaf = np.asarray(leaf)
     if isinstance(leaf, np.ndarray) and leaf.dtype.kind not in "OSUMm":
         single = {"d": "f", "g": "f", "D": "F", "G": "F"}.get(leaf.dtype.char, leaf.dtype)
-        return leaf.astype(single, copy=False)
+        with np.errstate(over="raise"):  # what float32 cannot hold
+            return leaf.astype(single, copy=False)
     if getattr(leaf, "weak_type", False):  # as of jnp.array(1.0): the first update would retrace
         return leaf.astype(leaf.dtype)
     of_jax = type(leaf).__module__.partition(".")[0] in {"jax", "jaxlib"} and not callable(leaf)
@@ -160,6 +177,7 @@ def _array(path: str, leaf: Any) -> Any:
 _HIDDEN = dataclasses.fields(dataclasses.make_dataclass("_", ["_kinds"]))[0]
 _UNMARKED = abc.abstractmethod(lambda: None)
 _waiting: list[Any] = []  # states, for JAX
+_registering = threading.Lock()
 
 
 def field(*, static: bool = False, converter: Function | None = None, **options: Any) -> Any:
@@ -195,11 +213,15 @@ def static_field(*, converter: Function | None = None, **options: Any) -> Any:
 def _settle(self: Any) -> None:
     """Convert, check and freeze what a state was given."""
     kinds: dict[str, Any] = {}
+    if _waiting:  # the class was made while another thread was importing JAX
+        _register(_jax())
     for each in dataclasses.fields(self):
         path, value = f"{type(self).__name__}.{each.name}", getattr(self, each.name)
         try:
             if convert := each.metadata.get("converter"):
                 value = convert(value)
+            if type(value) is int and each.type in {"float", float}:
+                value = float(value)  # as a type checker has it
             if each.name in self._static:
                 value, kinds[each.name] = _frozen(path, value)
             else:
@@ -216,7 +238,9 @@ def _equal(self: Any, other: Any) -> bool:
     """Whether two states have the same statics, and the same numbers in all leaves."""
     (*ours, _), (*theirs, _) = _flat("", self), _flat("", other)
     pairs = zip(ours.pop(1).values(), theirs.pop(1).values(), strict=False)
-    return ours == theirs and all(one is two or np.array_equal(one, two) for one, two in pairs)
+    return ours == theirs and all(
+        one is two or np.array_equal(np.asarray(one), np.asarray(two)) for one, two in pairs
+    )
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field, static_field))
@@ -243,9 +267,10 @@ def state(cls: type[T], /) -> type[T]:
     made: Any = dataclasses.dataclass(frozen=True, eq=False)(cls)
     construct, made._static, made._dynamic = made.__init__, [], []
     for each in dataclasses.fields(made):
+        if not each.init or each.name in {"_dynamic", "_kinds", "_static"}:
+            cause = "is a name that JAX needs" if each.init else "has init=False: JAX would lose it"
+            raise TypeError(f"{cls.__name__}.{each.name} {cause}")
         (made._static if each.metadata.get("static") else made._dynamic).append(each.name)
-        if not each.init:
-            raise TypeError(f"{cls.__name__}.{each.name} has init=False: JAX would lose its value")
 
     @functools.wraps(construct)
     def init(self: Any, /, *args: Any, _kinds: Any = None, **given: Any) -> None:
@@ -263,19 +288,18 @@ def state(cls: type[T], /) -> type[T]:
     made.__init__, made.__init_subclass__ = init, classmethod(init_subclass)
     made.__eq__, made.__hash__ = vars(cls).get("__eq__", _equal), vars(cls).get("__hash__")
     _waiting.append(made)
-    _register()
+    _register(_jax())
     return cls
 
 
-def _register() -> None:
-    """Make JAX, if it has been imported, know the states that wait for it."""
-    while _waiting and sys.modules.get("jax"):
-        from jax.tree_util import register_dataclass
-
-        cls = _waiting.pop()
-        cls.__dataclass_fields__["_kinds"] = _HIDDEN
-        register_dataclass(cls, cls._dynamic, [*cls._static, "_kinds"])
-        del cls.__dataclass_fields__["_kinds"]
+def _register(jax: Any) -> None:
+    """Make JAX, if it is there, know the states that wait for it."""
+    with _registering:
+        while jax and _waiting:
+            cls = _waiting.pop()
+            cls.__dataclass_fields__["_kinds"] = _HIDDEN
+            jax.tree_util.register_dataclass(cls, cls._dynamic, [*cls._static, "_kinds"])
+            del cls.__dataclass_fields__["_kinds"]
 
 
 class _Watch:
@@ -284,12 +308,12 @@ class _Watch:
     def find_spec(self, name: str, *where: Any) -> Any:
         later = sys.meta_path[sys.meta_path.index(self) + 1 :] if name == "jax" else []
         spec: Any = next(filter(None, (each.find_spec(name, *where) for each in later)), None)
-        if spec:
+        if spec and spec.loader:  # none: a folder that was left by an uninstall
             run = spec.loader.exec_module
 
             def exec_module(module: Any) -> None:
                 run(module)
-                _register()
+                _register(module)
 
             spec.loader.exec_module = exec_module
         return spec
@@ -372,7 +396,15 @@ def save(obj: Any, path: str | os.PathLike[str]) -> None:
         part.unlink(missing_ok=True)
 
 
-def restore(like: type[T] | T, path: str | os.PathLike[str]) -> T:
+@overload
+def restore(like: type[T], path: str | os.PathLike[str]) -> T: ...
+
+
+@overload
+def restore(like: T, path: str | os.PathLike[str]) -> T: ...
+
+
+def restore(like: Any, path: str | os.PathLike[str]) -> Any:
     """A state with the arrays of a file, as NumPy's, and the statics of `like`.
 
     Raises ValueError, naming the field, where the file and `like` differ in a field's name, shape
@@ -381,14 +413,17 @@ def restore(like: type[T] | T, path: str | os.PathLike[str]) -> T:
     """
     with np.load(path, allow_pickle=False) as file:
         found = dict(file)
+    if "json" not in found:
+        raise ValueError(f"restore: {path} was not written by save()")
     saved = json.loads(found["json"].tobytes())
     if isinstance(like, type):
         cls: Any = like
-        given: dict[str, Any] = {}
-        for name in (*cls._dynamic, *cls._static):
-            at = f"{cls.__name__}.{name}"
-            given[name] = found.get(at) if name in cls._dynamic else json.loads(saved[at])
-        like = cast("T", cls(**given))
+        given = {name: found.get(f"{cls.__name__}.{name}") for name in cls._dynamic}
+        for name in cls._static:
+            if (at := f"{cls.__name__}.{name}") not in saved:
+                raise ValueError(f"restore: {at} is not in {path}. Give an object that has it")
+            given[name] = json.loads(saved[at])
+        like = cls(**given)
     arrays, told = _saved(like)
     for name in sorted({*told, *saved}):
         now, then = told.get(name, "missing"), saved.get(name, "missing")
@@ -397,8 +432,7 @@ def restore(like: type[T] | T, path: str | os.PathLike[str]) -> T:
 
     _, leaves, _, make = _flat(type(like).__name__, like)
     new = {name: found[name].view(one.dtype) for name, one in arrays.items()}  # bfloat16 is bytes
-    tree: T = make({**leaves, **new})
-    return tree
+    return make({**leaves, **new})
 
 
 class _Module(types.ModuleType):

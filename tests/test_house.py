@@ -100,7 +100,7 @@ def forward_references(text: str) -> list[str]:
 
 
 LIMIT = 3_400  # code lines; the aim is 1,000
-ACCEL_LIMIT = 2_200  # of all its files; the aim is 1,800
+ACCEL_LIMIT = 2_250  # of all its files; the aim is 1,800
 
 
 def test_ember_has_few_enough_code_lines_and_the_readme_says_how_many() -> None:

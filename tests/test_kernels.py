@@ -24,6 +24,7 @@ ARGUMENTS = {
     "maxsim": (maxsim, (QUERIES, TOKENS, LENGTHS)),
     "local_quality": (local_quality, (QUERIES, POINTS, OUTCOMES, 0.7)),
 }
+QUICK = {"xla_backend_optimization_level": 0}  # to compile, where it runs but once
 EACH = pytest.mark.parametrize("name", ARGUMENTS)
 
 
@@ -87,6 +88,33 @@ def test_maxsim_gives_the_gradient_to_the_first_of_equal_tokens_and_none_to_padd
     grads = jax.jit(grad)(np.ones((1, 2), np.float32), docs)
     assert grads[0].tolist() == [[1, 1]]
     assert grads[1].tolist() == [[[0, 0], [1, 1], [0, 0]], [[0, 0]] * 3]
+
+
+@pytest.mark.parametrize("name", ["topk", "local_quality"])
+def test_second_derivatives_are_the_differences(name: str) -> None:
+    operation, args = ARGUMENTS[name]
+    given = [np.array(arg, float)[:6, :3] for arg in args[:2]]
+    given += [np.array(OUTCOMES[:6], float), np.array(0.7)] * (name == "local_quality")
+    rest = (3,) * (name == "topk")
+    moves = [RNG.normal(size=each.shape) / 9 for each in given]
+
+    def along(step: Any, by: str = "jax") -> Any:  # squares, as the sums themselves are bilinear
+        values = [each + step * move for each, move in zip(given, moves, strict=True)]
+        found = operation(*values, *rest, prefer=by)
+        return ((found[0] if name == "topk" else found) ** 2).sum()
+
+    less, same, more = (along(step, "numpy") for step in (-1e-4, 0, 1e-4))
+    found = jax.jit(jax.grad(jax.grad(along)), compiler_options=QUICK)(0.0)
+    np.testing.assert_allclose(found, (more - 2 * same + less) / 1e-8, rtol=1e-3)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.eval_shape(jax.hessian(along), 0.0)
+
+
+def test_maxsim_keeps_nan_where_a_compiler_takes_product_and_maximum_in_one() -> None:
+    docs = np.ones((20, 64, 1), np.float32)
+    docs[3, 10] = np.nan
+    scores = maxsim(np.ones((4, 1), np.float32), docs, prefer="jax")
+    assert np.flatnonzero(np.isnan(scores)).tolist() == [3]
 
 
 def test_a_new_temperature_compiles_nothing() -> None:

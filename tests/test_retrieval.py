@@ -17,10 +17,11 @@ from ember_accel.retrieval import local_quality, maxsim, topk
 INF, NAN = np.inf, np.nan
 HUGE = np.float32(3e38)
 BOTH = pytest.mark.parametrize("by", ["numpy", "jax"])
+ALL = pytest.mark.parametrize("by", ["numpy", "jax", None])
 
 
-def call(operation: Any, by: str, *args: Any) -> Any:
-    if by != "numpy":
+def call(operation: Any, by: str | None, *args: Any) -> Any:
+    if by == "jax":
         pytest.importorskip("jax")
     return operation(*args, prefer=by, fallback=False)
 
@@ -121,18 +122,25 @@ def test_topk_of_nothing_is_empty(by: str, q: int, n: int, k: int) -> None:
     assert scores.shape == indices.shape == (q, k)
 
 
-@BOTH
+def test_topk_takes_its_arguments_by_name() -> None:
+    assert topk([[1.0]], docs=[[1.0], [2.0]], k=1)[1].tolist() == [[1]]
+
+
+@ALL
 @pytest.mark.parametrize(
     ("args", "error", "said"),
     [
-        (([[1.0]], [[1.0]], 2), ValueError, "k=2 must be from 0 to the number of docs, 1"),
+        (([[1.0]], [[1.0]], 2), ValueError, "k=2 must be an integer from 0 to 1, all docs"),
         (([[1.0]], [[1.0]], -1), ValueError, "k=-1"),
-        (([[1.0]], [[1.0]], 1.0), TypeError, "integer"),
+        (([[1.0]], [[1.0]], 1.0), ValueError, "k=1.0 must be an integer"),
         (([1.0], [[1.0]], 1), ValueError, r"make x\[None\].*\(1,\)"),
+        (([[[1.0]]], [[1.0]], 1), ValueError, r"make x\[None\].*\(1, 1, 1\)"),
         (([[1.0]], [[1.0, 2.0]], 1), ValueError, "of one width"),
+        ((np.array([["a"]]), [[1.0]], 1), TypeError, "topk takes real numbers, got .*'a'"),
+        ((np.array([[1j]]), [[1.0]], 1), TypeError, "topk takes real numbers"),
     ],
 )
-def test_topk_says_what_is_wrong(by: str, args: Any, error: Any, said: str) -> None:
+def test_topk_says_what_is_wrong(by: str | None, args: Any, error: Any, said: str) -> None:
     with pytest.raises(error, match=said):
         call(topk, by, *args)
 
@@ -175,20 +183,25 @@ def test_maxsim_of_no_documents_is_empty(by: str) -> None:
     assert call(maxsim, by, QUERY, [[], np.ones((0, 8))]).tolist() == [-INF, -INF]
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize(
     ("args", "said"),
     [
         ((np.ones(3), [np.ones((2, 3))]), "takes .tokens, d."),
+        ((1.0, [np.ones((2, 3))]), "takes .tokens, d."),
+        ((np.ones(3), np.ones((5, 2, 3))), "takes .tokens, d."),
         ((np.ones((0, 3)), [np.ones((2, 3))]), "takes .tokens, d."),
-        ((np.ones((1, 3)), [np.ones((2, 4))]), r"\(1, 3\) and \(1, 16, 4\)"),
+        ((np.ones((1, 3)), np.ones((1, 2, 4))), r"\(1, 3\) and \(1, 2, 4\)"),
+        ((np.ones((1, 3)), [np.ones((2, 3)), np.ones((2, 4))]), r"docs\[1\] has .* \(2, 4\)"),
+        ((np.ones((1, 3)), [np.ones(3)]), r"docs\[0\] has the shape \(3,\), not \(tokens, 3\)"),
+        ((np.ones((1, 3)), [1.0]), r"docs\[0\] has the shape \(\)"),
         ((np.ones((1, 3)), np.ones((2, 4, 3)), [4, 5]), r"2 numbers from 0 to 4.*\[4, 5\]"),
         ((np.ones((1, 3)), np.ones((2, 4, 3)), [4, -1]), "from 0 to 4"),
         ((np.ones((1, 3)), np.ones((2, 4, 3)), [4, 0.5]), "from 0 to 4"),
         ((np.ones((1, 3)), np.ones((2, 4, 3)), [4]), "one for each"),
     ],
 )
-def test_maxsim_says_what_is_wrong(by: str, args: Any, said: str) -> None:
+def test_maxsim_says_what_is_wrong(by: str | None, args: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         call(maxsim, by, *args)
 
@@ -218,20 +231,24 @@ def test_local_quality_passes_on_nan_to_what_it_touches(by: str) -> None:
     np.testing.assert_allclose(found[:1, [0, 2]], expected[:, [0, 2]], rtol=1e-5)
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize(
     ("args", "said"),
     [
         (([[1.0]], np.ones((0, 1)), np.ones((0, 2)), 1.0), "0 points"),
         (([[1.0]], [[1.0]], np.ones((2, 2)), 1.0), "1 points and 2 rows"),
-        (([[1.0]], [[1.0]], [[1.0]], 0.0), "temperature=0.0 must be a number above 0"),
-        (([[1.0]], [[1.0]], [[1.0]], -1), "must be a number above 0"),
-        (([[1.0]], [[1.0]], [[1.0]], NAN), "must be a number above 0"),
-        (([[1.0]], [[1.0]], [[1.0]], np.ones(1)), "must be a number above 0"),
+        (([[1.0]], [[1.0]], [[1.0]], 0.0), "temperature=0.0 must be a finite number above 0"),
+        (([[1.0]], [[1.0]], [[1.0]], -1), "must be a finite number above 0"),
+        (([[1.0]], [[1.0]], [[1.0]], NAN), "temperature=nan"),
+        (([[1.0]], [[1.0]], [[1.0]], INF), "temperature=inf"),
+        (([[1.0]], [[1.0]], [[1.0]], 1e39), "temperature=1e.39"),
+        (([[1.0]], [[1.0]], [[1.0]], "a"), "temperature='a' must be a finite number"),
+        (([[1.0]], [[1.0]], [[1.0]], np.ones(1)), "must be a finite number above 0"),
         (([[1.0]], [[1.0]], [1.0], 1.0), r"make x\[None\]"),
+        (([1.0], [[1.0]], [[1.0]], 1.0), r"make x\[None\]"),
     ],
 )
-def test_local_quality_says_what_is_wrong(by: str, args: Any, said: str) -> None:
+def test_local_quality_says_what_is_wrong(by: str | None, args: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         call(local_quality, by, *args)
 

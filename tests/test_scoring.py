@@ -5,6 +5,8 @@ import itertools
 import math
 import subprocess
 import sys
+import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +156,7 @@ def test_dawid_skene_recovers_judges_within_their_standard_errors() -> None:
     ])  # fmt: skip
     prior = np.array([0.4, 0.6])
     bounds, off, sure, right = errors(confusion, prior, 2000), [], [], []
-    for seed in range(20):
+    for seed in range(12):
         truth, votes = simulated(confusion, prior, 2000, seed, silent=0)
         found = dawid_skene(votes, 2)
         estimates = np.concatenate([[found.prior[1]], found.confusion[:, :, 1].ravel()])
@@ -279,12 +281,44 @@ def test_a_temperature_without_a_best_is_at_the_bound(
         (lambda: bradley_terry([[0, 1]], 3, prior=0), "prior is 0, not a finite number from 1e-09"),
         (lambda: fit_temperature([[1.0, 2.0]], [2]), "labels[0] is 2, not a whole number"),
         (lambda: fit_temperature([[1.0, math.nan]], [0]), "logits[0, 1] is nan"),
+        (lambda: weighted_vote([0, 1], np.array([1, math.inf], "f4"), 2), "weights[1] is inf, not"),
+        (lambda: weighted_vote([0, 1], [1e300, 1], 2), "weights[0] is 1e+300, not a finite"),
+        (lambda: bradley_terry([[0, 1]], 2, weights=np.array([math.inf], "f2")), "is inf, not"),
+        (lambda: fit_temperature(np.array([[1, -math.inf]], "f4"), [0]), "[0, 1] is -inf, not"),
+        (lambda: dawid_skene([[0, 1]], 2, pseudocounts=np.float32("inf")), "pseudocounts is inf"),
+        (lambda: bradley_terry([], 0), "n is 0, not a whole number from 1"),
+        (lambda: bradley_terry([[0, 1]], 2.0), "n is 2.0, not a whole number"),
+        (lambda: bradley_terry(0, 2), "pairs has shape (), not"),
+        (lambda: weighted_vote(0, [1], 2), "votes has shape ()"),
+        (lambda: weighted_vote([0], [1], "2"), "n_classes is '2', not"),
+        (lambda: posterior([[0]], 3), "confusion has shape (), not"),
+        (lambda: fit_temperature(2.0, 1), "logits has shape ()"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_named_with_its_place(call: Any, told: str) -> None:
     with pytest.raises(ValueError) as caught:
         call()
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["f2", "f4"])
+def test_narrow_floats_are_what_they_are_in_float64(kind: str) -> None:
+    weights, logits = np.array([6e4, 6e4, 1], kind), np.array([[6e4, -6e4], [1, 2]], kind)
+    found = weighted_vote([[0, 1, 1]], weights, 2)
+    assert found.tolist() == weighted_vote([[0, 1, 1]], weights.astype(float), 2).tolist()
+    expected = fit_temperature(logits.astype(float), [0, 0])
+    assert fit_temperature(logits, [0, 0]) == expected
+
+
+@pytest.mark.parametrize("partial", ["jax", "jax.core"])
+def test_jax_that_another_thread_imports_is_not_there_yet(
+    partial: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = types.ModuleType("jax")
+    if partial == "jax.core":
+        vars(module)["core"] = types.ModuleType("jax.core")
+    monkeypatch.setitem(sys.modules, "jax", module)
+    assert weighted_vote([0, 1], [3.0, 1.0], 2).tolist() == [0.75, 0.25]
 
 
 def test_votes_that_are_no_numbers_are_a_type_error() -> None:
@@ -294,16 +328,25 @@ def test_votes_that_are_no_numbers_are_a_type_error() -> None:
 
 # ── By JAX ───
 
-QUICK = {"xla_backend_optimization_level": 0}  # to compile, where it runs but once
 CASES = {
     "weighted_vote": [(VOTES, [3.0, 1.0, 0.5, 0.0], 3), (0 * VOTES - 1, [1e30, 1e30, 0, 1], 3)],
     "posterior": [(VOTES, CONFUSION, PRIOR)],
     "dawid_skene": [(VOTES, 3), (0 * VOTES, 3), (0 * VOTES + np.arange(4) % 3, 3)],
     "bradley_terry": [(PAIRS, 5), (0 * PAIRS + [3, 1], 5)],
-    "fit_temperature": [(LOGITS, LABELS), (LOGITS * 1e30, LABELS), (0 * LOGITS, LABELS)],
+    "fit_temperature": [(LOGITS, LABELS), (LOGITS * 1e28, LABELS), (0 * LOGITS, LABELS)],
 }
 
 
+@pytest.fixture
+def hasty() -> Iterator[None]:
+    """A compiler in a hurry."""
+    jax = pytest.importorskip("jax")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("name", CASES)
 def test_numpy_and_jax_agree(name: str) -> None:
     jax = pytest.importorskip("jax")
@@ -324,6 +367,7 @@ def test_huge_counts_of_groups_apart_are_finite_in_float32() -> None:
     np.testing.assert_allclose(found, bradley_terry(pairs, 5, weights=1e6), atol=1e-3)
 
 
+@pytest.mark.usefixtures("hasty")
 def test_gradients_are_the_differences() -> None:
     jax = pytest.importorskip("jax")
     random = np.random.default_rng(2)
@@ -339,7 +383,7 @@ def test_gradients_are_the_differences() -> None:
         return total + fit_temperature(logits, LABELS)
 
     given = weights, before, LOGITS, random.random((4, 3))
-    slopes = jax.jit(jax.grad(value, argnums=(0, 1, 2, 3)), compiler_options=QUICK)(*given)
+    slopes = jax.jit(jax.grad(value, argnums=(0, 1, 2, 3)))(*given)
     for at, slope in enumerate(slopes):
         move = random.normal(size=given[at].shape)
         more, less = (
@@ -350,10 +394,11 @@ def test_gradients_are_the_differences() -> None:
         np.testing.assert_allclose((slope * move).sum(), difference, rtol=2e-3)
 
 
+@pytest.mark.usefixtures("hasty")
 def test_vmap_adds_a_batch() -> None:
     jax = pytest.importorskip("jax")
     votes = np.stack([VOTES, VOTES[::-1], np.roll(VOTES, 1, axis=1)])
-    found = jax.jit(jax.vmap(lambda one: dawid_skene(one, 3)), compiler_options=QUICK)(votes)
+    found = jax.jit(jax.vmap(lambda one: dawid_skene(one, 3)))(votes)
     for at, one in enumerate(votes):
         expected = dawid_skene(one, 3)
         np.testing.assert_allclose(found.posterior[at], expected.posterior, atol=1e-4)

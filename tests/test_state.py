@@ -3,11 +3,15 @@
 import copy
 import dataclasses
 import functools
+import importlib.machinery
 import inspect
 import json
 import pickle
 import subprocess
 import sys
+from collections import namedtuple
+from datetime import datetime, timedelta, timezone
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +33,7 @@ from ember_accel.state import (
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
+ROOT = Path(__file__).parents[1]
 
 
 @state
@@ -462,3 +467,128 @@ def test_a_state_is_plain_without_jax_and_a_pytree_once_it_is_there(
     root = str(Path(__file__).parents[1])
     text = LATE.format(root=root, path=str(tmp_path / "net.npz"), late=late)
     subprocess.run([sys.executable, "-W", "error", "-c", text], check=True)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (Decimal(1), Decimal("1.00")), (range(0, 3, 2), range(0, 4, 2)),
+        (namedtuple("N", "a b")(1, 2), namedtuple("N", "b a")(1, 2)),
+        (datetime(2026, 1, 1, 1, tzinfo=timezone(timedelta(hours=1))),
+         datetime(2026, 1, 1, tzinfo=timezone.utc)),
+    ],
+)  # fmt: skip
+def test_statics_that_are_equal_but_not_the_same_are_compiled_for_themselves(
+    first: Any, second: Any
+) -> None:
+    @state
+    class Held:
+        weight: Any
+        value: Any = static_field()
+
+    seen: list[Any] = []
+    run = jax.jit(lambda held: seen.append(held.value) or held.weight)
+    for value in (first, second, first):
+        run(Held(1.0, value))
+    assert [*map(repr, seen)] == [repr(first), repr(second)]
+
+
+def test_a_partial_over_what_can_change_is_refused() -> None:
+    @state
+    class Held:
+        value: Any = static_field()
+
+    with pytest.raises(TypeError, match="unhashable type: 'list'") as caught:
+        Held(functools.partial(print, [1]))
+    assert "Held.value" in caught.value.__notes__[0]
+    assert Held(functools.partial(print, 1)).value.args == (1,)
+
+
+def test_a_whole_number_in_a_field_of_floats_is_learned() -> None:
+    @state
+    class Gate:
+        threshold: float = 0.5
+        count: int = 3
+
+    dynamic, _ = partition(Gate(1))
+    assert dynamic.threshold.dtype == np.float32
+    assert dynamic.count is None
+
+
+def test_states_under_jit_have_no_truth() -> None:
+    @state
+    class Held:
+        weight: Any
+
+    with pytest.raises(jax.errors.TracerArrayConversionError):
+        jax.jit(lambda one, two: one == two)(Held(1.0), Held(1.0))
+
+
+def test_a_name_that_jax_needs_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"Taken\._kinds is a name that JAX needs"):
+
+        @state
+        class Taken:
+            _kinds: Any
+
+
+def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
+    @state
+    class Held:
+        weight: Any
+        call: Any = static_field(default=print)
+
+    np.savez(tmp_path / "other.npz", weight=np.ones(2))
+    with pytest.raises(ValueError, match="was not written by save"):
+        restore(Held, tmp_path / "other.npz")
+    save(Held(1.0), tmp_path / "held.npz")
+    with pytest.raises(ValueError, match=r"Held\.call is not in .* Give an object that has it"):
+        restore(Held, tmp_path / "held.npz")
+
+
+RACE = """
+import sys, threading
+from ember_accel.state import partition, state
+
+@state
+class Made:
+    weight: float = 1.0
+
+faults, done = [], threading.Event()
+
+def work():
+    while not done.is_set():
+        try:
+            partition(Made(2.0))
+            assert Made(1.0) == Made(1.0)
+            made = state(type("Later", (), {"__annotations__": {"w": float}, "__module__": "m"}))
+            later.append(made(1.0))
+        except Exception as error:
+            faults.append(error)
+
+later = []
+thread = threading.Thread(target=work)
+thread.start()
+import jax
+done.set()
+thread.join()
+assert not faults, faults[:1]
+assert len(jax.tree.leaves([Made(3.0), later[0], later[-1]])) == 3
+leaf = jax.tree.leaves(type(later[0])(2.0))[0]
+assert leaf.dtype == "float32"
+"""
+
+
+def test_states_are_made_while_another_thread_imports_jax() -> None:
+    done = subprocess.run([sys.executable, "-c", RACE], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_folder_that_jax_has_left_behind_is_not_jax(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "jax").mkdir()
+    watch = next(each for each in sys.meta_path if type(each).__name__ == "_Watch")
+    monkeypatch.setattr(sys, "meta_path", [watch, importlib.machinery.PathFinder])
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert watch.find_spec("jax", None, None).loader is None

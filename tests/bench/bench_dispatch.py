@@ -56,7 +56,7 @@ def rebuild() -> None:
         rows: dict[str, list[Any]] = {"host": [], device: []}
         names = [name for name, cause in one.missing().items() if not cause]
         for args in one.cases():
-            for at, given in (("host", args), (device, dispatch._moved(args, dispatch._DEVICE))):
+            for at, given in (("host", args), (device, dispatch.moved(args, dispatch.DEVICE))):
                 # Pallas is interpreted on a CPU.
                 able = [name for name in names if name != "pallas" or at not in {"host", "cpu"}]
                 times = {name: float(f"{us:.2g}") for name, us in timed(one, given, able).items()}
