@@ -139,8 +139,9 @@ class Measured:
         rows = [row for row in rows if len(row[0]) == len(size)]  # else the call is wrong
         far = [math.dist([math.log1p(n) for n in row[0]], logs) for row in rows]
         near: dict[str, float] = rows[far.index(min(far))][1] if rows else {}
-        times = {"jax" if place >= DEVICE else "numpy": sys.float_info.max} | near
-        return min(names, key=lambda name: times.get(name, math.inf))
+        usual = "jax" if place >= DEVICE else "numpy"  # where the data lies, if it is a near thing
+        times = {usual: sys.float_info.max} | near
+        return min(names, key=lambda name: times.get(name, math.inf) * (1 - 0.15 * (name == usual)))
 
 
 measured = Measured

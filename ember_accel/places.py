@@ -12,6 +12,12 @@ from typing import Any, cast
 COLD, HOST, DEVICE, TRACED = range(4)  # cold: on the host, and JAX is not imported
 
 
+@functools.cache
+def _wide() -> Any:
+    """NumPy's float64."""
+    return importlib.import_module("numpy").dtype(float)
+
+
 def place_of(values: Iterable[Any]) -> int:
     """Where values lie, and what is in them: the highest of their places."""
     if not hasattr(sys.modules.get("jax"), "jit"):
@@ -21,7 +27,7 @@ def place_of(values: Iterable[Any]) -> int:
     if nested:
         leaves = leaves_of(leaves)
         place = max(place, _of_types(frozenset(map(type, leaves)))[0])
-    if place == HOST and any(getattr(one, "dtype", None) == "float64" for one in leaves):
+    if place == HOST and any(getattr(one, "dtype", None) is _wide() for one in leaves):
         return COLD  # JAX has half of the digits: it is for those who ask for it
     return place
 

@@ -156,7 +156,7 @@ def _retrieval(check: Any, numbers: int, case: Any) -> Callable[..., Operation[A
         return operation(
             fn.__name__, functions, choose=measured(fn.__name__, size),
             recovers=(RuntimeError, MemoryError),
-            cases=lambda: (case(q, n) for q in (1, 64, 1024) for n in (100, 1000, 10_000)),
+            cases=lambda: (case(q, n) for q in (1, 8, 32, 128, 1024) for n in (100, 1000, 10_000)),
         )
 
     return decorate
