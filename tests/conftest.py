@@ -30,7 +30,10 @@ def failing(run: Run, call: Callable[[], Awaitable[Any]]) -> Exception:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that at the end nobody waits for one of them."""
-    longest = ("test_types.py", "test_a_hundred_calls_pass_a_bucket", "over_a_million_items")
+    longest = (
+        "test_types.py", "test_a_hundred_calls_pass_a_bucket", "over_a_million_items",
+        "test_29_evaluate_runs", "27_storm",
+    )  # fmt: skip
     items.sort(key=lambda item: not any(name in item.nodeid for name in longest))
 
 

@@ -547,7 +547,7 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
 
 
 RACE = """
-import sys, threading
+import sys, threading, time
 from ember_accel.state import partition, state
 
 @state
@@ -558,6 +558,7 @@ faults, done = [], threading.Event()
 
 def work():
     while not done.is_set():
+        time.sleep(0.0005)
         try:
             partition(Made(2.0))
             assert Made(1.0) == Made(1.0)
