@@ -273,12 +273,12 @@ def state(cls: type[T], /) -> type[T]:
         (made._static if each.metadata.get("static") else made._dynamic).append(each.name)
 
     @functools.wraps(construct)
-    def init(self: Any, /, *args: Any, _kinds: Any = None, **given: Any) -> None:
-        if _kinds is None:
+    def init(self: Any, /, *args: Any, **given: Any) -> None:
+        if "_kinds" in given:  # JAX rebuilds it: leaves may be tracers, None, any object
+            self.__dict__.update(given)
+        else:
             construct(self, *args, **given)
             _settle(self)
-        else:  # JAX rebuilds it: leaves may be tracers, None, any object
-            self.__dict__.update(given, _kinds=_kinds)
 
     def init_subclass(sub: Any, /, **options: Any) -> None:
         super(made, sub).__init_subclass__(**options)

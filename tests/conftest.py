@@ -11,7 +11,8 @@ from server import WIRES, Server, Wire, serving
 
 import ember
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # before JAX reads it
+# before JAX reads it
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 Connect = Callable[..., ember.Model]
 Run = Callable[[Callable[[], Awaitable[Any]]], Any]
