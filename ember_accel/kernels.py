@@ -274,7 +274,8 @@ def local_quality_kernel(queries: Array, points: Array, quality: Array, temperat
 
     def fold(state: Any, products: Array, first: Any, real: Array, more: Any) -> Any:
         inside = real[:, None] & (jnp.arange(wide) < columns)[None, :]
-        known = load(more[0], (pl.ds(first, COLUMNS), pl.ds(0, wide)), inside)
+        across = pl.ds(0 * first, wide)  # of a start that is known JAX checks the end, mask or not
+        known = load(more[0], (pl.ds(first, COLUMNS), across), inside)
         products = jnp.where(real[None, :], products, -np.inf)
         return tiles.weigh(jnp, state, products, known.astype(jnp.float32), more[1][0])
 
