@@ -44,7 +44,8 @@ needs_local = pytest.mark.skipif(not LOCAL, reason="the extra `local` is not ins
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A run of the interpreter that must end well, within a minute, with nothing on stderr."""
     own = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, "-W", "error", *arguments]
+    lenient = "ignore:unclosed database:ResourceWarning"  # diskcache's, as in pyproject.toml
+    command = [sys.executable, "-W", "error", "-W", lenient, *arguments]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **own, **environment}, timeout=60,
         text=True, encoding="utf-8", capture_output=True,

@@ -183,7 +183,13 @@ def test_kernels_lower_for_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     arrays = [jnp.asarray(arg) for arg in args[: 2 if name == "topk" else None]]
     rest = args[2:] if name == "topk" else ()
     fn = jax.jit(lambda *arrays: getattr(kernels, f"{name}_kernel")(*arrays, *rest)[0])
-    assert "triton" in fn.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    try:
+        lowered = fn.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    except RuntimeError as error:
+        if "No supported GPU devices" not in str(error):
+            raise
+        pytest.skip("from JAX 0.12 on it lowers for a GPU only where there is one")
+    assert "triton" in lowered
 
 
 def test_a_kernel_that_cannot_keep_so_many_says_so() -> None:
