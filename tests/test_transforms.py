@@ -44,11 +44,12 @@ def rows(size: int) -> Any:
     return RANDOM.normal(size=(size, 3)).astype(np.float32)
 
 
-def near(got: Any, wanted: Any) -> None:
+def is_near(got: Any, wanted: Any) -> bool:
+    """Whether two trees have one form, and the same numbers within 1e-6."""
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
-    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+    pairs = [*zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True)]
+    assert all((one.shape, one.dtype) == (two.shape, two.dtype) for one, two in pairs)
+    return all(np.allclose(*pair, rtol=1e-6, atol=1e-6, equal_nan=True) for pair in pairs)
 
 
 on_all = pmap(score, in_axes=(None, 0))
@@ -58,7 +59,7 @@ on_one = jax.jit(vmap(score, in_axes=(None, 0)))
 @pytest.mark.parametrize("size", SIZES)
 def test_pmap_is_vmap_for_any_number_of_rows(size: int) -> None:
     scorer, x = Scorer(RIGHT), rows(size)
-    near(on_all(scorer, x), on_one(scorer, x))
+    assert is_near(on_all(scorer, x), on_one(scorer, x))
 
 
 def test_pmap_gives_each_device_its_rows() -> None:
@@ -76,20 +77,20 @@ def test_pmap_has_the_gradients_of_vmap_also_within_jit() -> None:
         return over(scorer, x)["score"].sum()
 
     wanted = jax.grad(loss)(scorer, on_one)
-    near(jax.jit(jax.grad(lambda scorer: loss(scorer, on_all)))(scorer), wanted)
+    assert is_near(jax.jit(jax.grad(lambda scorer: loss(scorer, on_all)))(scorer), wanted)
 
 
 def test_pmap_reduces_over_all_rows_by_the_name_of_their_axis() -> None:
     x = rows(7)
     share = pmap(lambda row: row - jax.lax.pmean(row, "batch"), axis_name="batch")
-    near(share(x), jnp.asarray(x - x.mean(0)))
+    assert is_near(share(x), jnp.asarray(x - x.mean(0)))
 
 
 def test_pmap_takes_random_keys_and_rows_of_another_device() -> None:
     keys = jax.random.split(jax.random.key(0), 5)
-    near(pmap(jax.random.key_data)(keys), jax.random.key_data(keys))
+    assert is_near(pmap(jax.random.key_data)(keys), jax.random.key_data(keys))
     x = jax.device_put(rows(7), jax.devices()[3])  # the size that has been compiled above
-    near(on_all(Scorer(RIGHT), x), on_one(Scorer(RIGHT), np.asarray(x)))
+    assert is_near(on_all(Scorer(RIGHT), x), on_one(Scorer(RIGHT), np.asarray(x)))
 
 
 def test_pmap_refuses_what_vmap_does() -> None:
@@ -120,7 +121,7 @@ def test_sharded_computes_what_one_device_does_also_over_the_batch(
     kind: str, shape: Any, size: int
 ) -> None:
     x = rows(size)
-    near(PLACED[kind, shape](x, RIGHT), jax.jit(reduced)(x, RIGHT))
+    assert is_near(PLACED[kind, shape](x, RIGHT), jax.jit(reduced)(x, RIGHT))
 
 
 def test_sharded_places_its_inputs_and_traces_each_size_once() -> None:
@@ -138,18 +139,18 @@ def test_sharded_splits_a_state_by_a_state_of_specs_or_by_one_for_all_of_it() ->
     mesh = MESHES["Auto", (8,)]
     for spec in (P("a"), (Scorer(P("a"), None), P("a")), (P("a"), None)):
         got = sharded(lambda net, x: (net.way(net.weights) * x).sum(), mesh, spec)(scorer, x)
-        near(got, (jnp.tanh(scorer.weights) * x).sum())
+        assert is_near(got, (jnp.tanh(scorer.weights) * x).sum())
 
 
 def test_sharded_has_gradients_and_works_within_the_mesh_of_its_caller() -> None:
     mesh, x = MESHES["Explicit", (8,)], jnp.asarray(rows(7))
     mean = sharded(lambda x: (x**2).mean(), mesh, P("a"))
-    near(jax.grad(mean)(x), 2 * x / x.size)
+    assert is_near(jax.grad(mean)(x), 2 * x / x.size)
     even = jax.device_put(rows(8), jax.sharding.NamedSharding(mesh, P("a")))
     with jax.set_mesh(mesh):
-        near(mean(x), (x**2).mean())
+        assert is_near(mean(x), (x**2).mean())
         found = mean(even)
-    near(found, jnp.asarray((np.asarray(even) ** 2).mean()))
+    assert is_near(found, jnp.asarray((np.asarray(even) ** 2).mean()))
 
 
 def test_sharded_names_an_axis_that_is_not_there() -> None:
@@ -164,7 +165,7 @@ def test_compose_applies_the_last_transform_first() -> None:
     assert compose(adds("a"), adds("b"), adds("c"))(str)(1) == "1cba"
     assert compose()(score) is score
     slopes = compose(jax.jit, vmap, jax.grad)(jnp.sin)
-    near(slopes(np.zeros(3)), jnp.ones(3))
+    assert is_near(slopes(np.zeros(3)), jnp.ones(3))
 
 
 def test_without_jax_it_can_be_defined_and_a_call_says_what_to_install() -> None:
