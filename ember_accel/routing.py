@@ -168,10 +168,10 @@ def fit_router(
     scale = float(np.sqrt(((rows - centre) ** 2).sum(1).mean())) or 1.0
     near = ((rows - centre) / scale).astype(np.float32)
     cluster = 25 * centroids(near, min(clusters, len(rows) // 2))
+    labels: Any = domains
     if domains is None:  # groups that are found are better than none
-        groups = (near @ centroids(near, min(20, max(1, len(rows) // 25)))).argmax(1)
-        domains = [*map(int, groups)]
-    domain, likely = told_apart(6 * near, np.asarray(domains, object).tolist())
+        labels = (near @ centroids(near, min(20, max(1, len(rows) // 25)))).argmax(1)
+    domain, likely = told_apart(6 * near, [*labels])
     marks, styles = (None, (None, None, None)) if prompts is None else _styles(style(prompts))
     made = _features(np, shares(np, near @ cluster), likely, marks, styles[2])
     found = ridge(made, quality, [prior] if prior else PRIORS)
@@ -211,9 +211,10 @@ def _checked(
             raise TypeError(f"fit_router: {name}={value!r:.80} is a text. Give a list of {n}")
         if value is not None and len(value) != n:
             raise ValueError(f"fit_router: {name} are {len(value)} for {n} rows: give one for each")
-    labels = [] if domains is None else [*domains]
-    if odd := [at for at, one in enumerate(labels) if str(one) in {"None", "nan"}]:
-        raise ValueError(f"fit_router: domains[{odd[0]}] is {labels[odd[0]]}. Give it a label")
+    labels: list[Any] = [] if domains is None else [*domains]
+    for at, label in enumerate(labels):
+        if label is None or (isinstance(label, float | np.floating) and str(label) == "nan"):
+            raise ValueError(f"fit_router: domains[{at}] is {label}. Give it a label")
     if isinstance(names, str) or (len(names) and not len({*names}) == len(names) == m):
         raise ValueError(f"fit_router: names={names!r:.80} must be {m} different names")
     known, paid = ~np.isnan(quality), ~np.isnan(cost)

@@ -402,6 +402,13 @@ def test_a_domain_that_is_unknown_is_named(hole: Any) -> None:
         learned(domains=labels)
 
 
+def test_domains_may_be_any_labels_also_texts_that_look_like_holes() -> None:
+    for pair in (("None", "nan"), ((1, "a"), (2, "b")), (1, "1"), (np.str_("a"), "b")):
+        labels = [pair[at % 2] for at in range(N)]
+        assert learned(domains=labels).domains.shape[1] == 2
+    assert learned(domains=np.arange(N) % 2) == learned(domains=(np.arange(N) % 2).tolist())
+
+
 def test_a_router_is_loaded_by_its_class_in_a_process_that_has_none(tmp_path: Path) -> None:
     save(ROUTER, tmp_path / "router.npz")
     assert restore(Router, tmp_path / "router.npz") == ROUTER
