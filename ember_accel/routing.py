@@ -213,7 +213,7 @@ def _checked(
             raise ValueError(f"fit_router: {name} are {len(value)} for {n} rows: give one for each")
     labels: list[Any] = [] if domains is None else [*domains]
     for at, label in enumerate(labels):
-        if label is None or (isinstance(label, float | np.floating) and str(label) == "nan"):
+        if label is None or (isinstance(label, float) and math.isnan(label)):
             raise ValueError(f"fit_router: domains[{at}] is {label}. Give it a label")
     if isinstance(names, str) or (len(names) and not len({*names}) == len(names) == m):
         raise ValueError(f"fit_router: names={names!r:.80} must be {m} different names")
