@@ -61,7 +61,7 @@ from collections.abc import (
     AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Generator,
     Iterable, Mapping, Sequence,
 )
-from contextlib import AsyncExitStack, aclosing, suppress
+from contextlib import aclosing, suppress
 from contextvars import ContextVar, Token, copy_context
 from dataclasses import dataclass, field, replace
 from typing import (
@@ -538,7 +538,9 @@ def _ended(loop: Any) -> bool:
 
 def _running_loop() -> Any:
     """The event loop that runs this: asyncio's loop, or trio's token."""
-    if (asyncio := sys.modules.get("asyncio")) and (loop := asyncio._get_running_loop()):
+    asyncio: Any = sys.modules.get("asyncio")
+    loop = asyncio and asyncio._get_running_loop()
+    if loop and asyncio.current_task(loop):  # else trio may run as its guest
         return loop
     from anyio.lowlevel import current_token
 
@@ -728,8 +730,10 @@ def _append(holder: JSON, **pieces: Any) -> None:
 
 def _count(usage: Any, *names: str) -> int:
     """The first of these counts that is there, else 0: odd usage must not cost a paid answer."""
-    counts = map(_object(usage).get, names)
-    return next((n for n in counts if isinstance(n, int) and 0 < n < 1e12), 0)
+    for count in map(_object(usage).get, names):
+        if isinstance(count, int) and 0 < count < 1e12:
+            return count
+    return 0
 
 
 # Keywords that every provider knows, and those that are written anew.
@@ -885,20 +889,28 @@ def _openai_reply(raw: Any) -> Reply[Any]:
     return Reply(text, text, used, cost, name, finish, calls, 0, False, raw, message)
 
 
+_APART = {"refusal", "reasoning_content", "reasoning_details"}  # text that is not the answer
+
+
 def _openai_event(body: JSON, event: Any) -> str:
     """Fold one chunk of a chat completion into `body`; the new text."""
     body["model"] = event.get("model") or body.get("model")
     usage: Any = event.get("usage") or _object(event.get("x_groq")).get("usage")  # Groq's
     body["usage"] = usage or body.get("usage")
-    choice = _object(next((c for c in _array(event.get("choices")) if not c.get("index")), None))
-    folded = body.setdefault("choices", [{"message": {"content": []}, "finish_reason": None}])[0]
-    folded["finish_reason"] = choice.get("finish_reason") or folded["finish_reason"]
-    message, delta = folded["message"], _object(choice.get("delta"))
-    text = _text(delta.get("content"))
-    apart = ("refusal", "reasoning_content", "reasoning_details")
-    _append(message, content=text, **{key: delta.get(key) for key in apart})
-    for fragment in _array(delta.get("tool_calls")):
-        _openai_fragment(message.setdefault("tool_calls", []), fragment)
+    folded: JSON = body.get("choices", [{"message": {"content": []}, "finish_reason": None}])[0]
+    body["choices"], text = [folded], ""
+    for choice in _array(event.get("choices")):
+        if choice.get("index"):
+            continue  # the first of several answers is the answer
+        delta, message = _object(choice.get("delta")), folded["message"]
+        folded["finish_reason"] = choice.get("finish_reason") or folded["finish_reason"]
+        if said := _text(delta.get("content")):
+            text += said
+            message["content"].append(said)
+        for key in _APART & delta.keys():
+            _append(message, **{key: delta[key]})
+        for fragment in _array(delta.get("tool_calls")):
+            _openai_fragment(message.setdefault("tool_calls", []), fragment)
     return text
 
 
@@ -1094,13 +1106,78 @@ _rows = (
 # ── 5. Transport ─── the only I/O: connections, deadlines, size limits, status → error
 
 
+_CA = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+_parsed = functools.lru_cache(256)(httpx.URL)  # a value; parsing it anew would cost 35 µs a call
+
+
+@functools.lru_cache(4)
+def _tls(*_: str | None) -> Any:
+    """One TLS context for these CA variables, which httpx reads: it takes 20 ms to make."""
+    return httpx.create_ssl_context()
+
+
+@functools.lru_cache(256)
+def _host(url: str) -> str:
+    """Scheme, name and port of an http address; "" for any other text."""
+    with suppress(httpx.InvalidURL):
+        parsed = _parsed(url)
+        if parsed.scheme in {"http", "https"} and parsed.host:
+            return f"{parsed.scheme}://{parsed.netloc.decode()}"
+    return ""
+
+
+@functools.lru_cache(256)
+def _origin(host: str) -> Any:
+    """A host as httpcore has it."""
+    import httpcore
+
+    return httpcore.URL(host).origin
+
+
+def _proxy(host: str) -> str:
+    """The environment's proxy for a host; "" if there is none."""
+    scheme, _, name = host.partition("://")
+    proxy = (proxies := urllib.request.getproxies()).get(scheme) or proxies.get("all")
+    if not proxy or urllib.request.proxy_bypass(name):
+        return ""
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+@functools.cache
+def _fast() -> Any:
+    """The module of the fast transport, where httptools is installed."""
+    with suppress(ImportError):
+        return importlib.import_module("ember_accel.transport")
+    return None
+
+
+def _is_patched() -> bool:
+    """Whether something else answers in place of httpcore, as respx does."""
+    core: Any = sys.modules.get("httpcore")
+    method = core and core.AsyncConnectionPool.handle_async_request
+    home = getattr(method, "__globals__", {}).get("__name__")  # a wrapper takes any other name
+    return bool(core) and home != "httpcore._async.connection_pool"
+
+
+def _for_httpcore(sent: httpx.Request) -> Any:
+    """A request as httpcore has it."""
+    import httpcore
+
+    host: JSON = {"scheme": sent.url.raw_scheme, "host": sent.url.raw_host, "port": sent.url.port}
+    url = httpcore.URL(**host, target=sent.url.raw_path)
+    how: JSON = {"headers": sent.headers.raw, "extensions": sent.extensions}
+    return httpcore.Request("POST", url, content=sent.content, **how)
+
+
 class _Pool:
     """What one event loop holds: idle connections and slots by host, and locks for tokens."""
 
-    def __init__(self) -> None:
-        self.idle: dict[str, list[Any]] = {}
+    def __init__(self, fast: Any) -> None:
+        self.fast = fast.Pool() if fast else None
+        self.idle: dict[str, deque[Any]] = {}
         self.slots: dict[str, anyio.Semaphore] = {}
-        self.proxied: dict[str, httpx.AsyncHTTPTransport | None] = {}
+        self.proxies: dict[str, str] = {}
+        self.transports: dict[str, httpx.AsyncHTTPTransport] = {}
         self.locks: weakref.WeakKeyDictionary[Secret, anyio.Lock] = weakref.WeakKeyDictionary()
 
     async def close_with(self, loop: Any) -> AsyncGenerator[None]:
@@ -1111,111 +1188,177 @@ class _Pool:
             _pools.pop(loop, None)
             idle = itertools.chain.from_iterable(self.idle.values())
             with anyio.CancelScope(shield=True):  # trio closes generators in a cancelled scope
-                for connection in (*idle, *filter(None, self.proxied.values())):
-                    await connection.aclose()
+                for held in (*idle, *self.transports.values(), *filter(None, [self.fast])):
+                    await held.aclose()
 
-    def proxy(self, url: httpx.URL, host: str) -> httpx.AsyncHTTPTransport | None:
-        """The transport by way of the environment's proxy, if there is one for this host."""
-        if host not in self.proxied:
-            proxy = (proxies := urllib.request.getproxies()).get(url.scheme) or proxies.get("all")
-            made: httpx.AsyncHTTPTransport | None = None
-            if proxy and not urllib.request.proxy_bypass(url.netloc.decode()):
-                proxy = proxy if "://" in proxy else f"http://{proxy}"
-                tls, limits = _tls(*map(os.environ.get, _CA)), httpx.Limits(max_connections=None)
-                made = httpx.AsyncHTTPTransport(tls, proxy=proxy, limits=limits)
-            self.proxied[host] = made
-        return self.proxied[host]
+    def transport(self, end: Endpoint, host: str) -> httpx.AsyncBaseTransport | None:
+        """The endpoint's own, or httpx's for the sake of a proxy, or of what patches httpcore."""
+        if end.transport:
+            return end.transport
+        if host not in self.proxies:
+            self.proxies[host] = "" if callable(end.provider.base_url) else _proxy(host)
+        if not (proxy := self.proxies[host]) and not _is_patched():
+            return None
+        if proxy not in self.transports:
+            tls, limits = _tls(*map(os.environ.get, _CA)), httpx.Limits(max_connections=None)
+            made = httpx.AsyncHTTPTransport(tls, proxy=proxy or None, limits=limits)
+            self.transports[proxy] = made
+        return self.transports[proxy]
 
-    async def send(self, sent: httpx.Request, host: str, stack: AsyncExitStack) -> httpx.Response:
-        """The response to a request, on the host's connection that was used last, or on a new one.
+    async def connection(self, host: str, tls: Any) -> Any:
+        """httpcore's connection to a host that was used last, or a new one.
 
-        A list costs the same with 1,000 calls in flight as with 32, which httpx's pool does not,
-        and what patches httpcore, such as respx, is in effect here too.
+        A list costs the same with 1,000 calls in flight as with 32, which httpx's pool does not.
         """
         import httpcore
 
-        url, idle = httpcore.URL(str(sent.url)), self.idle.setdefault(host, [])
+        idle = self.idle.setdefault(host, deque())
         while idle and idle[-1].has_expired():  # idle and readable: the server has closed it
             await idle.pop().aclose()
-        if idle and idle[0].has_expired():  # what a burst has left is closed one at a time
-            await idle.pop(0).aclose()
-        tls = _tls(*map(os.environ.get, _CA)) if sent.url.scheme == "https" else None
-        connection = idle.pop() if idle else httpcore.AsyncHTTPConnection(url.origin, tls, 60)
-
-        async def release() -> None:
-            with anyio.CancelScope(shield=True):
-                # httpcore does not tell (1.0.9): a server that answered twice left bytes behind
-                inner: Any = getattr(connection, "_connection", None)
-                surplus = inner and inner._h11_state.trailing_data[0]  # the next call would read it
-                if connection.is_idle() and not surplus:  # the answer was read to its end
-                    idle.append(connection)
-                else:
-                    await connection.aclose()
-
-        stack.push_async_callback(release)
-        how: JSON = {"headers": sent.headers.raw, "extensions": sent.extensions}
-        request = httpcore.Request("POST", url, content=sent.content, **how)
-        response: Any = await connection.handle_async_request(request)
-        stack.push_async_callback(_closed, response)
-        return httpx.Response(response.status, headers=response.headers, stream=response.stream)
+        if len(idle) > 1 and idle[0].has_expired():  # what a burst left is closed one at a time
+            await idle.popleft().aclose()
+        return idle.pop() if idle else httpcore.AsyncHTTPConnection(_origin(host), tls, 60)
 
 
-async def _closed(response: Any) -> None:
-    """Close a response. Its answer, if there is one, is not lost by a fault in closing."""
-    with suppress(Exception):
-        await response.aclose()
+class _Slow:
+    """An answer by way of httpx or httpcore, in the form that the fast transport's have."""
+
+    def __init__(self, transport: Any, idle: deque[Any] | None) -> None:
+        self.transport, self.idle, self.over = transport, idle, False
+        self.answer: Any = None
+        self.pieces: Any = None  # of bytes
+        self.arrived = deque[bytes]()
+        self.status_code, self.coding = 0, ""
+        self.headers: Mapping[str, str] = {}
+
+    async def begun(self, sent: httpx.Request, limit: float, *, whole: bool) -> bool:
+        """Send a request; whether the answer's head came by `limit`, of a `whole` one all."""
+        asked = sent if self.idle is None else _for_httpcore(sent)
+        with anyio.CancelScope(deadline=limit):
+            self.answer = await self.transport.handle_async_request(asked)
+            self.status_code = getattr(self.answer, "status_code", 0) or self.answer.status
+            self.headers = httpx.Headers(self.answer.headers)
+            self.coding = self.headers.get("content-encoding", "")
+            self.pieces = aiter(self.answer.stream)
+            while whole and not self.over and self.status_code < 300 and len(self.arrived) < 64:
+                self.arrived.append(await self._piece())  # one scope for all of it
+            return True
+        return False
+
+    async def read(self, limit: float) -> bytes | None:
+        """What arrives first; b"" at the end, None if nothing did by `limit`."""
+        if self.arrived:
+            return self.arrived.popleft()
+        with anyio.CancelScope(deadline=limit):
+            return await self._piece()
+        return None
+
+    async def _piece(self) -> bytes:
+        """The next bytes; b"" at the end."""
+        piece: bytes | None = b""
+        while not (piece or self.over):
+            piece = await anext(self.pieces, None)
+            self.over = piece is None
+        return piece or b""
+
+    async def aclose(self) -> None:
+        """End the answer. If there is one, it is not lost by a fault in closing."""
+        try:
+            if self.answer:
+                await self._end_pieces()
+                with suppress(Exception):
+                    await self.answer.aclose()
+        finally:
+            if self.idle is not None:
+                await self._release(self.idle)
+
+    async def _end_pieces(self) -> None:
+        """End the iterator by a fault in its innermost part, for httpcore's are nested.
+
+        `aclose()` would end the outer one only, and leave the others to the garbage collector.
+        Pieces that are there already come without a wait, which is where the fault would strike.
+        """
+        if self.over:
+            return
+        with suppress(Exception), anyio.CancelScope() as scope:
+            scope.cancel()
+            for _ in range(100):
+                if await anext(self.pieces, None) is None:
+                    break
+
+    async def _release(self, idle: deque[Any]) -> None:
+        """Give the connection back if the answer was read to its end, else close it."""
+        # httpcore does not tell (1.0.9): a server that answered twice left bytes behind
+        inner = getattr(self.transport, "_connection", None)
+        surplus = inner and inner._h11_state.trailing_data[0]  # the next call would read it
+        if self.transport.is_idle() and not surplus:
+            idle.append(self.transport)
+            return
+        with anyio.CancelScope(shield=True):
+            await self.transport.aclose()
 
 
-_CA = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 _pools: weakref.WeakKeyDictionary[Any, tuple[_Pool, Any]] = weakref.WeakKeyDictionary()
 
 
 async def _current_pool() -> _Pool:
     """The pool of the event loop that runs this."""
-    from anyio.lowlevel import current_token
-
-    loop = current_token().native_token
+    loop = _running_loop()
     if loop not in _pools:
         # One that was closed without ending its generators would be held for ever by its pool.
         for dead in [old for old in _pools if getattr(old, "is_closed", bool)()]:
             del _pools[dead]
-        pool = _Pool()
+        pool = _Pool(_fast() if hasattr(loop, "create_connection") else None)
         _pools[loop] = pool, pool.close_with(loop)
         await anext(_pools[loop][1])
     return _pools[loop][0]
 
 
-@functools.lru_cache(4)
-def _tls(*_: str | None) -> Any:
-    """One TLS context for these CA variables, which httpx reads: it takes 20 ms to make."""
-    return httpx.create_ssl_context()
-
-
 _LIBRARIES = {"anyio", "h11", "httpcore", "httpx", "trio", "zlib"}
 
 
-@contextlib.contextmanager
-def _guarded(deadline: float, late: str) -> Generator[None]:
-    """CallError(late) at the deadline, and for whatever the libraries below raise.
+def _named(error: Exception, host: str = "") -> EmberError:
+    """The error in Ember's terms, with the host, of whatever the libraries below raised.
 
-    A time-out after the request was sent is not transient: the answer may have been bought. A
-    TypeError is the caller's: a parameter that JSON cannot hold.
+    A time-out after the request was sent is not transient: the answer may have been bought.
     """
-    fault = CallError(late)
+    if isinstance(error, EmberError):
+        fault = error
+    else:
+        name, text = type(error).__name__, str(error) or "the connection broke"
+        network = isinstance(error, OSError) or type(error).__module__.split(".")[0] in _LIBRARIES
+        advice = "Check the network and base_url=" if network else "Look into the code passed in"
+        unsent = name in {"ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError"}
+        transient = network and name not in {"ReadTimeout", "WriteTimeout"}
+        fault = CallError(f"{name}: {text}. {advice}", transient=transient, unsent=unsent)
+    if host and isinstance(fault, CallError) and fault.status is None:
+        fault.args = (f"{fault} ({host})",)
+    return fault
+
+
+def _late(end: Endpoint) -> CallError:
+    """The error for a call that has reached its deadline."""
+    late = f"no whole answer within timeout={end.timeout:g} s"
+    return CallError(f"{late}. Set it higher, or ask for less")
+
+
+@contextlib.contextmanager
+def _guarded(end: Endpoint, deadline: float) -> Generator[None]:
+    """CallError at the deadline, and for whatever the code called here raises.
+
+    A scope costs 7 µs, so it stands around what may wait only. A TypeError is the caller's: a
+    parameter that JSON cannot hold.
+    """
     try:
         with anyio.CancelScope(deadline=deadline) as scope:
             yield
         if not scope.cancelled_caught:
             return
+        fault: EmberError = _late(end)
     except (EmberError, TypeError):
         raise
     except Exception as error:
-        name, text = type(error).__name__, str(error) or "the connection broke"
-        network = isinstance(error, OSError) or type(error).__module__.split(".")[0] in _LIBRARIES
-        unsent = network and name not in {"ReadTimeout", "WriteTimeout"}
-        advice = "Check the network and base_url=" if network else "Look into the code passed in"
-        fault = CallError(f"{name}: {text}. {advice}", transient=unsent)
-        fault.unsent = name in {"ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError"}
+        fault = _named(error)
     raise fault
 
 
@@ -1235,22 +1378,25 @@ async def _token(secret: Secret, lock: anyio.Lock) -> str:
     return secret.token
 
 
-_parsed = functools.lru_cache(256)(httpx.URL)  # a value; parsing it anew would cost 35 µs a call
+def _standard(row: Provider) -> set[str]:
+    """The hosts that a row's standard key is for."""
+    urls = (row.base_url, os.environ.get(row.url_env))
+    return {_host(url) for url in urls if isinstance(url, str)}
 
 
-async def _key_headers(end: Endpoint, url: httpx.URL, pool: _Pool) -> dict[str, str]:
+async def _key_headers(end: Endpoint, host: str, pool: _Pool, deadline: float) -> JSON:
     """The headers with the key. The standard key goes to the standard host only."""
     row, headers = end.provider, dict(end.provider.headers)
     key = next(filter(None, map(os.environ.get, row.key_env)), "")
-    standard = [u for u in (row.base_url, os.environ.get(row.url_env)) if isinstance(u, str)]
-    own = any((url.scheme, url.netloc) == (u.scheme, u.netloc) for u in map(_parsed, standard))
     if end.api_key is not None:
         key = end.api_key.value
-    elif not row.key_env or (end.base_url and not own):
+    elif not row.key_env or (end.base_url and host not in _standard(row)):
         return {name: value for name, value in headers.items() if "{key}" not in value}
     if end.api_key is not None and callable(key):
         lock = pool.locks.setdefault(end.api_key, anyio.Lock())
-        key, headers["Authorization"] = await _token(end.api_key, lock), "Bearer {key}"
+        with _guarded(end, deadline):
+            key = await _token(end.api_key, lock)
+        headers["Authorization"] = "Bearer {key}"
     key = key.strip()
     if not key or not (key.isascii() and key.isprintable()):
         what = "the API key holds a character that no header can" if key else "no API key"
@@ -1258,154 +1404,98 @@ async def _key_headers(end: Endpoint, url: httpx.URL, pool: _Pool) -> dict[str, 
     return {name: value.replace("{key}", key) for name, value in headers.items()}
 
 
-async def _url(end: Endpoint, path: str, options: JSON) -> httpx.URL:
+async def _url(end: Endpoint, path: str, options: JSON, deadline: float) -> str:
     """The base URL with the path; options that the path names are taken out of `options`."""
     base = end.base_url or os.environ.get(end.provider.url_env) or end.provider.base_url
     if not isinstance(base, str):
         from anyio import to_thread
 
-        base = await to_thread.run_sync(base)
+        with _guarded(end, deadline):
+            base = str(await to_thread.run_sync(base))
     for name in re.findall(r"\{(\w+)\}", path):
         value = end.id if name == "model" else options.pop(name, "")
         path = path.replace(f"{{{name}}}", urllib.parse.quote(str(value), safe=""))
-    with suppress(httpx.InvalidURL):
-        url = _parsed(base.rstrip("/") + path)
-        if url.scheme in {"http", "https"} and url.host and "\\" not in base:
-            return url
-    raise SetupError(f"base_url={base!r} is no http address. Set it or {end.provider.url_env}")
-
-
-async def _note(body: JSON, event: str, _: Any) -> None:
-    """Note whether a connection is still being made: nothing is sent, or billed, before it is."""
-    if event == "connection.connect_tcp.started":
-        body["connecting"] = True
-    elif event == "http11.send_request_headers.started":
-        body.pop("connecting", None)
+    url = base.rstrip("/") + path
+    if "\\" in base or not _host(url):
+        raise SetupError(f"base_url={base!r} is no http address. Set it or {end.provider.url_env}")
+    return url
 
 
 _EVER = float("inf")
-_SILENT = "the stream sent no byte for stall={:g} s. Set it higher, or try again"
+_to_json = json.JSONEncoder(allow_nan=False).encode
 _HEADERS = {
     "content-type": "application/json", "accept": "application/json, text/event-stream",
     "accept-encoding": "gzip", "user-agent": f"ember/{__version__}",
 }  # fmt: skip
 
 
-@contextlib.asynccontextmanager
-async def _response(
-    end: Endpoint, request: Request, deadline: float, body: JSON
-) -> AsyncGenerator[httpx.Response]:
-    """The provider's 200 to a request, still to be read; CallError for any other.
-
-    `body` notes how far it came: if it was `sent`, and the `headers` of the 200.
-    """
-    row, host, request = end.provider, "", replace(request, options=dict(request.options))
-    path = row.embed_path if request.texts else (request.stream and row.stream_path) or row.path
-    try:
-        async with AsyncExitStack() as stack:
-            with _guarded(deadline, _late(end)):
-                pool, url = await _current_pool(), await _url(end, path, request.options)
-                host = f"{url.scheme}://{url.netloc.decode()}"
-                slots = anyio.Semaphore(row.connections, fast_acquire=True)
-                if hasattr(end.limit, "__aenter__"):
-                    await stack.enter_async_context(end.limit)
-                await stack.enter_async_context(pool.slots.setdefault(host, slots))
-                headers = await _key_headers(end, url, pool)
-                content = json.dumps(row.encode(request), allow_nan=False).encode()
-                how: JSON = {"headers": _HEADERS | headers, "content": content}
-                extensions: JSON = {"timeout": {"connect": end.connect}}
-                how["extensions"] = extensions
-                proxy = None if callable(row.base_url) else pool.proxy(url, host)
-                wait = anyio.current_time() + end.stall if request.stream else deadline
-                body["sent"] = True
-                if "watched" in body:
-                    extensions["trace"] = functools.partial(_note, body)
-                sent = httpx.Request("POST", url, **how)
-                with _guarded(min(wait, deadline), _SILENT.format(end.stall)):
-                    if transport := end.transport or proxy:
-                        response = await transport.handle_async_request(sent)
-                        stack.push_async_callback(_closed, response)
-                    else:
-                        response = await pool.send(sent, host, stack)
-            if not response.is_success:
-                raise await _status_error(response, deadline)
-            body["headers"] = response.headers
-            yield response
-    except CallError as error:
-        if error.status is None and host:
-            error.args = (f"{error} ({host})",)
-        raise
+def _silent(end: Endpoint, limit: float, deadline: float) -> CallError:
+    """The error for an answer of which nothing came by `limit`."""
+    stalled = f"the stream sent no byte for stall={end.stall:g} s. Set it higher, or try again"
+    return CallError(stalled) if limit < deadline else _late(end)
 
 
-def _late(end: Endpoint) -> str:
-    return f"no whole answer within timeout={end.timeout:g} s. Set it higher, or ask for less"
+class _Body:
+    """The decoded body of an answer, of which each piece comes within `stall` seconds."""
 
+    def __init__(self, response: Any, end: Endpoint, deadline: float, stall: float) -> None:
+        coding = response.coding.lower()
+        if coding not in {"", "identity", "gzip", "deflate"}:
+            what = f"answered in content-encoding {coding!r}, not asked for"
+            raise CallError(f"{what}. Check base_url=")
+        plain = coding in {"", "identity"}
+        self.inflater = None if plain else zlib.decompressobj(zlib.MAX_WBITS | 32)
+        self.response, self.end, self.deadline, self.stall = response, end, deadline, stall
+        self.left = 64 << 20
 
-async def _chunks(
-    response: httpx.Response, deadline: float, late: str, stall: float = _EVER, left: int = 64 << 20
-) -> AsyncGenerator[bytes]:
-    """The decoded body as it comes: each piece within `stall` seconds, all of it within 64 MB."""
-    coding = response.headers.get("content-encoding", "identity").lower()
-    if coding not in {"identity", "gzip", "deflate"}:
-        raise CallError(f"answered in content-encoding {coding!r}, not asked for. Check base_url=")
-    inflater = None if coding == "identity" else zlib.decompressobj(zlib.MAX_WBITS | 32)
-    stream: Any = response.stream
-    pieces = aiter(stream)
-    try:
+    async def read(self) -> bytes:
+        """What has arrived, or else what arrives first; b"" at the end."""
         while True:
-            limit = min(deadline, anyio.current_time() + stall)
-            with _guarded(limit, late if limit == deadline else _SILENT.format(stall)):
-                chunk = await anext(pieces, None)
-                if chunk and inflater:
-                    chunk = inflater.decompress(chunk, left + 1)
+            now = 0.0 if self.stall == _EVER else anyio.current_time()
+            limit = min(self.deadline, now + self.stall)
+            # a stream may go on for ever without a wait
+            chunk = await self.response.read(limit) if now < self.deadline else None
             if chunk is None:
-                return
-            left -= len(chunk)
-            if left < 0:
+                raise _silent(self.end, limit, self.deadline)
+            if not chunk:
+                return b""
+            if self.inflater:
+                chunk = self.inflater.decompress(chunk, self.left + 1)
+            self.left -= len(chunk)
+            if self.left < 0:
                 raise CallError("answered with more than 64 MB. Check base_url=")
             if chunk:
-                yield chunk
-    finally:
-        await _end(pieces)
+                return chunk
 
 
-async def _end(pieces: AsyncIterator[bytes]) -> None:
-    """End an iterator by a fault in its innermost part, for httpcore's are nested.
-
-    `aclose()` would end the outer one only, and leave the others to the garbage collector. Pieces
-    that are there already come without a wait, which is where the fault would strike.
-    """
-    with suppress(Exception), anyio.CancelScope() as scope:
-        scope.cancel()
-        for _ in range(100):
-            if await anext(pieces, None) is None:
-                break
-
-
-async def _sse(chunk: bytes | None, chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+class _Events:
     """The data of server-sent events, from bytes cut anywhere: WHATWG HTML, section 9.2.6.
 
     Lines are split as bytes, at CR, LF and CRLF only; a line that is whole is whole UTF-8. What
     no blank line ends is an event too: the JSON in it tells if it is whole.
     """
-    line, data, after_cr = bytearray(), list[bytes](), False
-    while True:
-        rest = (chunk or b"\n\n").removeprefix(b"\n" if after_cr else b"")
-        after_cr = (chunk or b"").endswith(b"\r")
+
+    def __init__(self) -> None:
+        self.line, self.data, self.after_cr, self.ended = bytearray(), list[bytes](), False, False
+
+    def feed(self, chunk: bytes) -> Generator[bytes]:
+        """The events that end in a chunk, or with the answer if it is empty."""
+        self.ended = not chunk
+        rest = (chunk or b"\n\n").removeprefix(b"\n" if self.after_cr else b"")
+        self.after_cr = chunk.endswith(b"\r")
         for part in rest.splitlines(keepends=True):
-            line += part
             if not part.endswith((b"\r", b"\n")):
-                continue
-            entry = bytes(line).rstrip(b"\r\n").removeprefix(b"\xef\xbb\xbf")
-            line.clear()
+                self.line += part
+                break
+            if self.line:  # its beginning came before
+                part = bytes(self.line) + part
+                self.line.clear()
+            entry = part.rstrip(b"\r\n").removeprefix(b"\xef\xbb\xbf")
             if entry.startswith(b"data:"):
-                data.append(entry[5:].removeprefix(b" "))
-            elif not entry and data:
-                yield b"\n".join(data)
-                data.clear()
-        if chunk is None:
-            return
-        chunk = await anext(chunks, None)
+                self.data.append(entry[5:].removeprefix(b" "))
+            elif not entry and self.data:
+                yield b"\n".join(self.data)
+                self.data.clear()
 
 
 _STATUS = {
@@ -1448,16 +1538,17 @@ def _fault(status: int, raw: Any, text: str = "", headers: Mapping[str, str] = {
     return CallError(f"{status}: {shown.rstrip('.')}. {advice}.", **facts)
 
 
-async def _status_error(response: httpx.Response, deadline: float) -> CallError:
+async def _status_error(response: Any, end: Endpoint, deadline: float) -> CallError:
     """The CallError for a response that is no 200, with as much of its body as comes."""
-    body, raw = b"", None
-    chunks = _chunks(response, min(deadline, anyio.current_time() + 5), "", left=1 << 16)
-    with suppress(CallError):
-        async with aclosing(chunks):
-            body = b"".join([chunk async for chunk in chunks])
+    text, raw = b"", None
+    with suppress(Exception):
+        body = _Body(response, end, min(deadline, anyio.current_time() + 5), _EVER)
+        body.left = 1 << 16
+        while chunk := await body.read():
+            text += chunk
     with suppress(ValueError, RecursionError):
-        raw = json.loads(body)
-    return _fault(response.status_code, raw, body.decode(errors="replace"), response.headers)
+        raw = json.loads(text)
+    return _fault(response.status_code, raw, text.decode(errors="replace"), response.headers)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
@@ -1471,6 +1562,175 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     with suppress(ValueError, TypeError):
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     return None
+
+
+_scanned = json.JSONDecoder().raw_decode
+
+
+def _event(data: bytes) -> Any:
+    """The JSON in an event, in two thirds of the time that json.loads takes of short ones."""
+    text = data.decode("utf-8", "surrogatepass").strip()
+    event, size = _scanned(text)
+    if size < len(text):
+        raise ValueError(f"something follows the JSON: {text[size:]:.20}")
+    return event
+
+
+def _folded(end: Endpoint, body: JSON, data: bytes) -> str:
+    """The new text of one event."""
+    try:
+        event = _first(_event(data))
+        if not (event.get("error") or event.get("errors")):
+            return end.provider.decode_event(body, event)
+        raise _fault(200, event)
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        what = f"sent an event that cannot be read: {data[:200].decode(errors='replace')}"
+    raise CallError(f"{what}. Check base_url=", transient=True)
+
+
+class _Exchange:
+    """One request and its answer, and what they hold until `aclose`.
+
+    How far it came: `host` is known, it was `sent`, perhaps still `connecting`, `answer` is the
+    response with the 200, and `raw` the JSON in it, which in the end is `whole`.
+    """
+
+    def __init__(self, end: Endpoint, request: Request, deadline: float, watched: bool) -> None:
+        self.end, self.request, self.deadline, self.watched = end, request, deadline, watched
+        self.host, self.sent, self.connecting, self.whole = "", False, False, False
+        self.answer: Any = None
+        self.raw: Any = None
+        self._response: Any = None
+        self._slots: Any = None
+        self._limit: Any = None
+        self._body: _Body | None = None
+        self._sse: _Events | None = None
+        self._events: Iterable[bytes] = ()
+
+    async def read(self) -> str:
+        """The next piece of the text; "" at the end."""
+        if self._body is None:
+            await self._send()
+            stall = self.end.stall if self.request.stream else _EVER
+            self._body = _Body(self._response, self.end, self.deadline, stall)
+            chunk = await self._body.read()
+            if not self.request.stream or chunk.lstrip()[:1] in {b"{", b"["}:
+                await self._read_whole(chunk, self._body)  # or it does not stream
+                return ""
+            self.raw, self._sse = dict[str, Any](), _Events()
+            self._events = self._sse.feed(chunk)
+        while self._sse:
+            for data in self._events:
+                if data == b"[DONE]":
+                    await self._drain(self._response)
+                    return ""
+                if piece := _folded(self.end, self.raw, data):
+                    return piece
+            if self._sse.ended:
+                break
+            self._events = self._sse.feed(await self._body.read())
+        return ""
+
+    async def _drain(self, response: Any) -> None:
+        """Read what is left behind the last event: then the connection can be used again."""
+        limit = anyio.current_time() + 0.1
+        with suppress(Exception):
+            while await response.read(limit):
+                pass
+
+    async def _read_whole(self, chunk: bytes, body: _Body) -> None:
+        """Read the answer as one JSON."""
+        text = bytearray(chunk)
+        while chunk := await body.read():
+            text += chunk
+        with suppress(ValueError, RecursionError):
+            self.raw, self.whole = json.loads(text), True
+            return
+        shown = f"begins {text[:200].decode(errors='replace')!r}" if text else "is empty"
+        problem = f"the answer is no JSON, it {shown}. Check base_url="
+        raise ReplyError(problem, raw=text[:1000].decode(errors="replace"), transient=True)
+
+    async def _send(self) -> None:
+        """Send the request, and wait for the 200; CallError for any other status."""
+        end, request, row = self.end, self.request, self.end.provider
+        path = row.embed_path if request.texts else (request.stream and row.stream_path) or row.path
+        options, pool = dict(request.options), await _current_pool()
+        url = await _url(end, path, options, self.deadline)
+        self.host = _host(url)
+        await self._enter(pool)
+        headers = _HEADERS | await _key_headers(end, self.host, pool, self.deadline)
+        if options != request.options:
+            request = replace(request, options=options)
+        content = _to_json(row.encode(request)).encode()
+        limit = self.deadline
+        if request.stream:
+            limit = min(limit, anyio.current_time() + end.stall)
+        if not await self._begun(pool, url, headers, content, limit):
+            raise _silent(end, limit, self.deadline)
+        if not 200 <= self._response.status_code < 300:
+            raise await _status_error(self._response, end, self.deadline)
+        self.answer = self._response
+
+    async def _enter(self, pool: _Pool) -> None:
+        """Take a slot of the host, and what the endpoint has for a limit."""
+        if self.host not in pool.slots:
+            connections = self.end.provider.connections
+            pool.slots[self.host] = anyio.Semaphore(connections, fast_acquire=True)
+        slots, limit = pool.slots[self.host], self.end.limit
+        if hasattr(limit, "__aenter__"):
+            with _guarded(self.end, self.deadline):
+                await limit.__aenter__()
+            self._limit = limit
+        if slots.value:
+            slots.acquire_nowait()
+        else:
+            with _guarded(self.end, self.deadline):
+                await slots.acquire()
+        self._slots = slots
+
+    async def _begun(
+        self, pool: _Pool, url: str, headers: JSON, content: bytes, limit: float
+    ) -> bool:
+        """Send the request by the transport that it takes; whether an answer began by `limit`."""
+        end, whole, self.sent = self.end, not self.request.stream, True
+        transport = pool.transport(end, self.host)
+        tls = _tls(*map(os.environ.get, _CA)) if url.startswith("https") else None
+        if pool.fast and not transport:
+            how: JSON = {"tls": tls, "connect": end.connect, "limit": limit, "whole": whole}
+            self._response = await pool.fast.send(url, headers, content, **how, notes=self)
+            return self._response is not None
+        extensions: JSON = {"timeout": {"connect": end.connect}}
+        if self.watched:
+            extensions["trace"] = self._trace
+        how = {"headers": headers, "content": content, "extensions": extensions}
+        sent = httpx.Request("POST", _parsed(url), **how)
+        if transport:
+            self._response = slow = _Slow(transport, None)
+        else:
+            connection = await pool.connection(self.host, tls)
+            self._response = slow = _Slow(connection, pool.idle[self.host])
+        return await slow.begun(sent, limit, whole=whole)
+
+    async def _trace(self, event: str, _: Any) -> None:
+        """Note whether a connection is still being made: nothing is sent, or billed, before."""
+        if event == "connection.connect_tcp.started":
+            self.connecting = True
+        elif event == "http11.send_request_headers.started":
+            self.connecting = False
+
+    async def aclose(self) -> None:
+        """Give back what it holds."""
+        response, self._response = self._response, None
+        slots, self._slots = self._slots, None
+        limit, self._limit = self._limit, None
+        try:
+            if response:
+                await response.aclose()
+        finally:
+            if slots:
+                slots.release()
+            if limit:
+                await limit.__aexit__(*sys.exc_info())
 
 
 # ── 6. Calls ─── the spine: prompt → request → exchange → reply; tools and typed output around it
@@ -1607,6 +1867,7 @@ class _Call(NamedTuple):
     functions: Mapping[str, Any]
     output: Any
     max_steps: int
+    begun: float
     deadline: float
 
 
@@ -1614,7 +1875,8 @@ _FIELDS = {"base_url", "api_key", "price", "limit", "retries", "connect", "stall
 
 
 async def _prepared(
-    end: Endpoint, prompt: object, /, *, system: str | None = None, output: Any = None,
+    end: Endpoint, prompt: object, stream: bool, texts: Sequence[str], /, *,
+    system: str | None = None, output: Any = None,
     temperature: float | None = None, max_tokens: int | None = None, seed: int | None = None,
     stop: str | Sequence[str] | None = None, tools: Sequence[Any] | None = None,
     images: Sequence[Any] | None = None, timeout: float | None = None, max_steps: int = 8,
@@ -1643,10 +1905,11 @@ async def _prepared(
     request = Request(
         end.id, messages, temperature, max_tokens, [stop] if isinstance(stop, str) else stop or (),
         seed, [f if _is_dict(f) else _tool(f)[1] for f in tools or ()],
-        None if output is None else _adapter(output)[1], options=options,
+        None if output is None else _adapter(output)[1], stream, texts, options,
     )  # fmt: skip
     end = end if timeout is None else replace(end, timeout=timeout)
-    return _Call(end, request, functions, output, max_steps, anyio.current_time() + end.timeout)
+    begun, deadline = time.perf_counter(), anyio.current_time() + end.timeout
+    return _Call(end, request, functions, output, max_steps, begun, deadline)
 
 
 def _vectors(raw: Any, texts: Sequence[str]) -> Reply[Any]:
@@ -1659,71 +1922,34 @@ def _vectors(raw: Any, texts: Sequence[str]) -> Reply[Any]:
     return Reply("", data, _openai_usage(raw.get("usage") or raw), raw=raw)
 
 
-def _read(end: Endpoint, request: Request, raw: Any) -> Reply[Any]:
+def _read(call: _Call, request: Request, raw: Any) -> Reply[Any]:
     """The reply in a JSON answer. A 200 that holds none is a fault, and transient."""
     first = _object(_first(raw))
     if first.get("error") or first.get("errors"):
         raise _fault(200, raw)
     try:
-        reply = _vectors(raw, request.texts) if request.texts else end.provider.decode(raw)
-        words = [word for call in reply.tool_calls for word in call[:2]]
-        words += [reply.text, "" if reply.finish is None else reply.finish]
-        if {*map(type, words)} - {str}:
+        reply = _vectors(raw, request.texts) if request.texts else call.end.provider.decode(raw)
+        words = [reply.text, "" if reply.finish is None else reply.finish]
+        words += [word for asked in reply.tool_calls for word in asked[:2]]
+        if {*map(type, words)} != {str}:
             raise TypeError("a word that is no text")
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         shown = "nested too deep" if isinstance(error, RecursionError) else f"{raw!r:.200}"
         what = f"({type(error).__name__}: {error}): {shown}. Check base_url="
         raise ReplyError(f"the answer is malformed {what}", raw=raw, transient=True) from None
-    cost = end.price.cost(reply.usage) if end.price else reply.cost
-    return replace(reply, cost=cost, model=reply.model or end.id)
-
-
-def _folded(end: Endpoint, body: JSON, data: bytes) -> str:
-    """The new text of one event."""
-    with suppress(LookupError, TypeError, ValueError, AttributeError, RecursionError):
-        event = _first(json.loads(data))
-        if event.get("error") or event.get("errors"):
-            raise _fault(200, event)
-        return end.provider.decode_event(body, event)
-    shown = data[:200].decode(errors="replace")
-    raise CallError(f"sent an event that cannot be read: {shown}. Check base_url=", transient=True)
-
-
-async def _exchange(call: _Call, request: Request, body: JSON) -> AsyncGenerator[str]:
-    """One attempt: the pieces of a stream as they arrive; `body["raw"]` ends as the JSON answer."""
-    end, stall = call.end, call.end.stall if request.stream else float("inf")
-    async with AsyncExitStack() as stack:
-        response = await stack.enter_async_context(_response(end, request, call.deadline, body))
-        chunks = _chunks(response, call.deadline, _late(end), stall)
-        await stack.enter_async_context(aclosing(chunks))
-        first = await anext(chunks, b"")
-        if not request.stream or first.lstrip()[:1] in {b"{", b"["}:  # or it does not stream
-            text = first + b"".join([chunk async for chunk in chunks])
-            with suppress(ValueError, RecursionError):
-                body |= {"raw": json.loads(text), "whole": True}
-                return
-            shown = f"begins {text[:200].decode(errors='replace')!r}" if text else "is empty"
-            problem = f"the answer is no JSON, it {shown}. Check base_url="
-            raise ReplyError(problem, raw=text[:1000].decode(errors="replace"), transient=True)
-        folded: JSON = {}
-        body["raw"] = folded
-        async with aclosing(_sse(first, chunks)) as events:
-            async for data in events:
-                if data == b"[DONE]":
-                    with suppress(CallError), anyio.move_on_after(0.1):
-                        await anext(chunks, None)  # read to its end, the connection can be reused
-                    return
-                if piece := _folded(end, folded, data):
-                    yield piece
+    cost = call.end.price.cost(reply.usage) if call.end.price else reply.cost
+    seconds = time.perf_counter() - call.begun
+    return replace(reply, cost=cost, model=reply.model or call.end.id, seconds=seconds)
 
 
 def _outcome(
-    call: _Call, request: Request, body: JSON, error: EmberError | None
+    call: _Call, exchange: _Exchange, error: EmberError | None
 ) -> Reply[Any] | EmberError:
     """The reply, if the answer is whole: what fails after that fails no more. Else the error."""
+    request = exchange.request
     try:
-        reply = _read(call.end, request, body.get("raw"))
-        if reply.finish or "whole" in body:
+        reply = _read(call, request, exchange.raw)
+        if reply.finish or exchange.whole:
             return reply
     except EmberError as problem:
         if not (request.stream and isinstance(problem, ReplyError) and problem.transient):
@@ -1810,12 +2036,6 @@ def _worst(end: Endpoint, request: Request) -> float:
     return max((end.price.cost(usage) or 0.0 for usage in used), default=0.0) if end.price else 0.0
 
 
-def _bounded(request: Request, most: int) -> Request:
-    """The request with an end to its answer, where it has none."""
-    open_ended = request.max_tokens is None and request.options.keys().isdisjoint(_MOST)
-    return replace(request, max_tokens=most) if open_ended and not request.texts else request
-
-
 async def _admission(limit: Any, passes: Sequence[_Pass], tokens: float) -> Any:
     """A place under a limit: the one that an enclosing function holds for it, or a new one."""
     for held in passes:
@@ -1842,6 +2062,13 @@ class _Gate:
         own = [end.limit] if hasattr(end.limit, "admit") else []
         self.limits = sorted({p.limit for p in scope.passes} | {*own}, key=lambda one: one.order)
         self.reserved, self.worst = list[Budget](), 0.0
+
+    def bounded(self, request: Request) -> Request:
+        """The request with an end to its answer, where a budget is open and it has none."""
+        open_ended = request.max_tokens is None and request.options.keys().isdisjoint(_MOST)
+        if not (self.budgets and open_ended) or request.texts:
+            return request
+        return replace(request, max_tokens=min(one.assume_tokens for one in self.budgets))
 
     async def enter(self, end: Endpoint, request: Request) -> None:
         """Wait for all that it takes; in one order for all, so that nobody waits in a circle."""
@@ -1876,65 +2103,80 @@ class _Gate:
         self.admissions, self.reserved = [], []
 
 
-async def _attempt(
-    call: _Call, request: Request, scope: _Scope, ended: list[Reply[Any] | EmberError]
-) -> AsyncGenerator[str]:
-    """The pieces of one attempt, which limits admit, and ledgers hear of; `ended` gets its end."""
-    end, gate = call.end, _Gate(call.end, scope)
-    body: JSON = {"watched": True} if scope.ledgers else {}
-    if gate.budgets:
-        request = _bounded(request, min(one.assume_tokens for one in gate.budgets))
-    if gate.budgets or gate.limits:
-        with _guarded(call.deadline, _late(end)):
-            await gate.enter(end, request)
-    started, clock = time.time(), time.perf_counter()
-    error: EmberError | None = None
-    try:
+class _Try:
+    """One attempt at a request, which limits admit, and ledgers hear of; `outcome` is its end."""
+
+    def __init__(self, call: _Call, request: Request, scope: _Scope) -> None:
+        self.call, self.scope, self.gate = call, scope, None
+        if scope.ledgers or scope.passes or call.end.limit:
+            self.gate = _Gate(call.end, scope)
+            request = self.gate.bounded(request)
+        self.exchange = _Exchange(call.end, request, call.deadline, bool(scope.ledgers))
+        self.outcome: Reply[Any] | EmberError | None = None
+        self.started, self.clock = time.time(), time.perf_counter()
+
+    async def enter(self) -> None:
+        """Wait until it is let through."""
+        if self.gate and (self.gate.budgets or self.gate.limits):
+            with _guarded(self.call.end, self.call.deadline):
+                await self.gate.enter(self.call.end, self.exchange.request)
+            self.started, self.clock = time.time(), time.perf_counter()
+
+    async def read(self) -> str:
+        """The next piece of the answer; "" at the end, when there is an outcome."""
+        error = None
         try:
-            async with aclosing(_exchange(call, request, body)) as pieces:
-                async for piece in pieces:
-                    yield piece
-        except EmberError as caught:
-            error = caught
-        ended.append(_outcome(call, request, body, error))
-    finally:
-        _settle(call, request, gate, body, ended, started, time.perf_counter() - clock)
+            if piece := await self.exchange.read():
+                return piece
+            await self.exchange.aclose()
+        except TypeError:  # the caller's: a parameter that JSON cannot hold
+            raise
+        except Exception as caught:
+            error = _named(caught, self.exchange.host)
+            await self.exchange.aclose()
+        self.outcome = _outcome(self.call, self.exchange, error)
+        return ""
 
+    async def end(self) -> None:
+        """Give back what it holds. Tell limits, budgets and ledgers how it ended."""
+        try:
+            await self.exchange.aclose()
+        finally:
+            if self.gate:
+                self._settle(self.gate)
 
-def _settle(
-    call: _Call, request: Request, gate: _Gate, body: JSON,
-    ended: Sequence[Reply[Any] | EmberError], started: float, seconds: float,
-) -> None:
-    """Tell limits, budgets and ledgers how an attempt ended.
+    def _settle(self, gate: _Gate) -> None:
+        """Tell limits, budgets and ledgers.
 
-    Nothing was billed for what was not sent, or was answered with an error status. Where the
-    outcome is unknown, the worst case counts.
-    """
-    end, scope, outcome = call.end, gate.scope, ended[0] if ended else None
-    error = outcome if isinstance(outcome, EmberError) else None
-    reply = outcome if isinstance(outcome, Reply) else None
-    unsent = "sent" not in body or "connecting" in body or getattr(error, "unsent", False)
-    refused = "headers" not in body and isinstance(error, CallError) and error.status is not None
-    usage, cost = reply.usage if reply else Usage(), reply.cost if reply else 0.0
-    uncertain = 0.0
-    if not (unsent or refused or (reply and cost is not None)) and scope.ledgers and end.price:
-        uncertain = gate.worst or _worst(end, request)
-    counted = reply.usage if reply else Usage() if refused else None
-    headers = body.get("headers")
-    gate.leave(
-        counted, (cost or 0.0) + uncertain, unsent=unsent, error=error, headers=headers
-    )  # fmt: skip
-    if scope.ledgers and "sent" in body:
-        said = "ok" if reply else f"{type(error).__name__}: {error}" if error else "cancelled"
-        parent, function = scope.path[-1] if scope.path else (None, "")
-        attempt = Attempt(
-            _new_id(), parent, function, end.id, started, seconds, usage, cost, said, error,
-            uncertain, end.provider.name, scope.path,
-        )  # fmt: skip
-        for ledger in scope.ledgers:
-            ledger.calls.append(attempt)
-            if ledger.on_call:
-                _tell(ledger.on_call, attempt)
+        Nothing was billed for what was not sent, or was answered with an error status. Where the
+        outcome is unknown, the worst case counts.
+        """
+        end, scope, outcome, exchange = self.call.end, self.scope, self.outcome, self.exchange
+        error = outcome if isinstance(outcome, EmberError) else None
+        reply = outcome if isinstance(outcome, Reply) else None
+        unsent = not exchange.sent or exchange.connecting or getattr(error, "unsent", False)
+        status = error.status if isinstance(error, CallError) else None
+        refused = status is not None and not exchange.answer
+        usage, cost = reply.usage if reply else Usage(), reply.cost if reply else 0.0
+        uncertain = 0.0
+        if not (unsent or refused or (reply and cost is not None)) and scope.ledgers and end.price:
+            uncertain = gate.worst or _worst(end, exchange.request)
+        counted = reply.usage if reply else Usage() if refused else None
+        headers = exchange.answer.headers if exchange.answer else None
+        spent = (cost or 0.0) + uncertain
+        gate.leave(counted, spent, unsent=unsent, error=error, headers=headers)
+        if scope.ledgers and exchange.sent:
+            said = "ok" if reply else f"{type(error).__name__}: {error}" if error else "cancelled"
+            parent, function = scope.path[-1] if scope.path else (None, "")
+            seconds = time.perf_counter() - self.clock
+            attempt = Attempt(
+                _new_id(), parent, function, end.id, self.started, seconds, usage, cost, said,
+                error, uncertain, end.provider.name, scope.path,
+            )  # fmt: skip
+            for ledger in scope.ledgers:
+                ledger.calls.append(attempt)
+                if ledger.on_call:
+                    _tell(ledger.on_call, attempt)
 
 
 async def _run(
@@ -1945,15 +2187,18 @@ async def _run(
 
     A request is sent again only until its first piece: what was read cannot be taken back.
     """
-    begun, call = time.perf_counter(), await _prepared(end, prompt, **end.defaults | given)
-    request, number, sent = replace(call.request, stream=stream, texts=texts), 0, False
+    call = await _prepared(end, prompt, stream, texts, **end.defaults | given)
+    request, number, sent = call.request, 0, False
     while True:
-        number, ended = number + 1, list[Reply[Any] | EmberError]()
-        async with aclosing(_attempt(call, request, scope, ended)) as pieces:
-            async for piece in pieces:
+        number, attempt = number + 1, _Try(call, request, scope)
+        await attempt.enter()
+        try:
+            while piece := await attempt.read():
                 sent = True
                 yield piece
-        outcome = ended[0]
+        finally:
+            await attempt.end()
+        outcome = typing.cast("Reply[Any] | EmberError", attempt.outcome)
         if isinstance(outcome, EmberError):
             outcome.transient = outcome.transient and not sent
             await anyio.sleep(_pause(call, scope, outcome, number))
@@ -1964,10 +2209,11 @@ async def _run(
         if (turns := await _turns(call, request, replies)) is None:
             break
         request, number, sent = replace(request, messages=[*request.messages, *turns]), 0, False
-    usage = functools.reduce(Usage.__add__, [reply.usage for reply in replies])
-    costs, seconds = [reply.cost for reply in replies], time.perf_counter() - begun
-    cost = None if None in costs else sum(filter(None, costs))
-    replies.append(replace(replies[-1], usage=usage, cost=cost, seconds=seconds))
+    if len(replies) > 1:
+        usage = functools.reduce(Usage.__add__, [reply.usage for reply in replies])
+        costs = [reply.cost for reply in replies]
+        cost = None if None in costs else sum(filter(None, costs))
+        replies.append(replace(replies[-1], usage=usage, cost=cost))
 
 
 async def _turns(call: _Call, request: Request, replies: list[Reply[Any]]) -> list[JSON] | None:
@@ -1983,7 +2229,7 @@ async def _turns(call: _Call, request: Request, replies: list[Reply[Any]]) -> li
         if len(replies) >= call.max_steps:
             steps = f"it still calls tools after max_steps={call.max_steps} steps. Set it higher"
             raise ReplyError(steps, raw=reply.raw)
-        with _guarded(call.deadline, _late(call.end)):
+        with _guarded(call.end, call.deadline):
             return [reply.message, *await _results(call.functions, reply.tool_calls)]
     if call.output is None or reply.tool_calls:
         return None
@@ -2058,9 +2304,8 @@ async def _answer(
     """The reply to a prompt, with all that its tools and its typed output take."""
     replies: list[Reply[Any]] = []
     run = _run(end, prompt, given, replies, _context.scope(), texts=texts)
-    async with aclosing(run) as pieces:
-        async for _ in pieces:
-            pass
+    async for _ in run:  # nothing here can fail between two pieces, and leave it open
+        pass
     return replies[-1]
 
 
@@ -2791,7 +3036,7 @@ class _Question:
     async def of_model(self, prompt: object, **given: Any) -> str:
         """What a model is asked: where, the body, and the types and functions around it."""
         end: Endpoint = self.inner
-        call = await _prepared(end, prompt, **end.defaults | given)
+        call = await _prepared(end, prompt, False, (), **end.defaults | given)
         url = end.base_url or os.environ.get(end.provider.url_env) or end.provider.base_url
         body = json.dumps(end.provider.encode(call.request))
         told = f"{_form(end.provider)}\n{url if isinstance(url, str) else ''}\n{body}"

@@ -1,11 +1,13 @@
 """What many tests share: a clean environment, a scripted server, both wires."""
 
+import gc
 import os
 import random
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import anyio
+import hypothesis  # noqa: F401  # trio gives it its random numbers before they are frozen
 import pytest
 from server import WIRES, Server, Wire, serving
 
@@ -32,10 +34,17 @@ def failing(run: Run, call: Callable[[], Awaitable[Any]]) -> Exception:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that at the end nobody waits for one of them."""
     longest = (
-        "test_types.py", "test_a_hundred_calls_pass_a_bucket", "over_a_million_items",
+        "test_types.py", "over_a_million_items",
         "test_29_evaluate_runs", "27_storm",
     )  # fmt: skip
     items.sort(key=lambda item: not any(name in item.nodeid for name in longest))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen() -> None:
+    """What is there before a file's tests is passed over when garbage is collected in them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +63,16 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jitter that is always 0: retries come at once, unless the server names a wait."""
     monkeypatch.setattr(random, "uniform", lambda low, high: 0.0)
+
+
+@pytest.fixture(params=["fast", "httpcore"])
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each of the two transports in turn."""
+    if request.param == "httpcore":
+        monkeypatch.setattr(ember, "_fast", lambda: None)
+    elif not ember._fast():
+        pytest.skip("httptools is not installed")
+    return request.param
 
 
 @pytest.fixture

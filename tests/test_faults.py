@@ -21,7 +21,7 @@ from server import WIRES, Answer, Server, Wire, serving, until
 
 import ember
 
-pytestmark = pytest.mark.usefixtures("no_backoff")
+pytestmark = pytest.mark.usefixtures("no_backoff", "transport")
 
 TO_DO = re.compile(
     r"\b(add|ask|change|check|choose|correct|find|fix|give|increase|look|lower|pass|pay|pick|raise|reduce|"

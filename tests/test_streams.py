@@ -21,7 +21,7 @@ from test_faults import STATUSES, TRANSIENT, add, check, mutants, reply_or_error
 
 import ember
 
-pytestmark = pytest.mark.usefixtures("no_backoff")
+pytestmark = pytest.mark.usefixtures("no_backoff", "transport")
 
 TEXTS = (
     "Zwölf ",

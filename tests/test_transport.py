@@ -36,6 +36,7 @@ from server import (
 import ember
 
 OPENAI = WIRES["openai"]
+pytestmark = pytest.mark.usefixtures("transport")
 
 
 def row(**changes: Any) -> ember.Provider:
@@ -735,7 +736,7 @@ async def test_garbage_behind_an_answer_does_not_hide_its_error(
 
 
 async def test_connections_left_by_a_burst_are_closed_bit_by_bit(
-    server: Server, connect: Connect
+    server: Server, connect: Connect, transport: str
 ) -> None:
     model = connect(OPENAI)
     server.play(OPENAI.good(then="close"))
@@ -744,7 +745,8 @@ async def test_connections_left_by_a_burst_are_closed_bit_by_bit(
     for _ in range(20):
         await model("hi")
     pool, _ = ember._pools[asyncio.get_running_loop()]
-    assert [len(idle) for idle in pool.idle.values()] == [1]
+    lists = pool.fast.idle if transport == "fast" else pool.idle
+    assert [len(idle) for idle in lists.values()] == [1]
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")

@@ -1,0 +1,413 @@
+"""The fast transport: HTTP/1.1 over asyncio, parsed by httptools, connections last-in first-out.
+
+`ember.py` takes it on asyncio, plain or over TLS, without a proxy, where httptools is installed;
+httpcore does the rest, at some five times the CPU. A call is one write, one parser that stays
+with its connection, and one future: nothing here waits but for bytes, and until a given time.
+
+A request is sent once. What the network does wrong has the names that httpx gives it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import re
+import select
+import socket
+from collections import deque
+from typing import Any, NamedTuple
+
+import httptools
+import httpx
+
+_IDLE_SECONDS = 60
+_PAUSE = 1 << 20  # bytes of a body that wait for their reader; after that the server waits
+_QUIET = 100 << 10  # bytes without one of a body: a head or a trailer that does not end
+
+
+class _Place(NamedTuple):
+    """Where a URL leads, and the first two lines of a request to it."""
+
+    host: str
+    port: int
+    is_number: bool
+    origin: str
+    lines: str
+
+
+@functools.lru_cache(256)
+def _place(text: str) -> _Place:
+    url = httpx.URL(text)
+    host, named = url.raw_host.decode(), url.netloc.decode()
+    port = url.port or {"http": 80, "https": 443}[url.scheme]
+    is_number = bool(re.fullmatch(r"[\d.]+|.*:.*", host))
+    lines = f"POST {url.raw_path.decode()} HTTP/1.1\r\nhost: {named}\r\n"
+    return _Place(host, port, is_number, f"{url.scheme}://{named}", lines)
+
+
+def _head(place: _Place, headers: dict[str, str], size: int) -> bytes:
+    """The head of a request. What would end a line early is an error, as it is in httpx."""
+    lines = [f"{name}: {value}" for name, value in headers.items()]
+    if not "".join(lines).isprintable():
+        bad = next(line for line in lines if not line.isprintable())
+        raise httpx.LocalProtocolError(f"Illegal header {bad.partition(':')[0]!r:.40}")
+    head = "\r\n".join([*lines, f"content-length: {size}", "", ""])
+    return f"{place.lines}{head}".encode("ascii")
+
+
+def _text(raw: bytes) -> str:
+    """The text of a header: UTF-8, or else latin-1."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
+
+
+class Response:
+    """One answer, as far as it has come: its connection writes into it, Ember reads from it."""
+
+    __slots__ = (
+        "buffered", "connection", "ended", "fault", "keep", "paused", "pieces", "raw",
+        "status_code", "timer", "waiter", "whole",
+    )  # fmt: skip
+
+    def __init__(self, connection: Connection, whole: bool) -> None:
+        self.connection, self.whole, self.status_code = connection, whole, 0
+        self.raw: list[tuple[bytes, bytes]] = []
+        self.pieces: list[bytes] = []
+        self.buffered, self.paused, self.ended, self.keep = 0, False, False, False
+        self.fault: Exception | None = None
+        self.waiter: asyncio.Future[None] | None = None
+        self.timer: asyncio.TimerHandle | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers, their names in lower case; one that came twice has both values."""
+        headers: dict[str, str] = {}
+        for name, value in self.raw:
+            key, text = _text(name).lower(), _text(value).strip(" \t")
+            headers[key] = f"{headers[key]}, {text}" if key in headers else text
+        return headers
+
+    @property
+    def coding(self) -> str:
+        """How the body is encoded; "" if nothing says so."""
+        named = any(name.lower() == b"content-encoding" for name, _ in self.raw)
+        return self.headers["content-encoding"] if named else ""
+
+    def news(self, limit: float) -> asyncio.Future[None]:
+        """A future that is done when more has come, or at `limit`."""
+        loop = self.connection.loop
+        self.waiter = loop.create_future()
+        self.timer = loop.call_at(limit, self.wake)
+        return self.waiter
+
+    def wake(self) -> None:
+        """End the wait for news."""
+        if self.waiter and not self.waiter.done():
+            self.waiter.set_result(None)
+        if self.timer:
+            self.timer.cancel()
+            self.timer = None
+
+    def fail(self, fault: Exception) -> None:
+        """End the answer by a fault, unless it has ended."""
+        if not (self.ended or self.fault):
+            self.fault = fault
+            self.connection.abort()
+            self.wake()
+
+    def has_begun(self) -> bool:
+        """Whether the head is here, or all of a `whole` answer of status 2xx. Raises a fault."""
+        if self.fault and not self.status_code:
+            raise self.fault
+        over = self.ended or self.fault is not None or self.paused
+        return over or (self.status_code > 0 and not self.whole)
+
+    async def read(self, limit: float) -> bytes | None:
+        """What has arrived, or else what arrives first; b"" at the end, None if nothing did."""
+        if not (self.pieces or self.ended or self.fault):
+            await self.news(limit)
+        if self.pieces:
+            pieces, self.pieces, self.buffered = self.pieces, [], 0
+            if self.paused:
+                self.paused = False
+                self.connection.resume()
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        if self.fault:
+            raise self.fault
+        return b"" if self.ended else None
+
+    async def aclose(self) -> None:
+        """Give the connection back if the answer was whole and the server keeps it, else end it."""
+        self.wake()
+        self.connection.done(reusable=self.ended and self.keep and not self.paused)
+
+
+class Connection(asyncio.BufferedProtocol):
+    """One connection, for one answer at a time. httptools calls the `on_…`, asyncio the rest."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, idle: deque[Connection], view: memoryview):
+        self.loop, self._idle, self._view = loop, idle, view
+        self._idle_since, self._quiet = 0.0, 0
+        self._transport: Any = None
+        self._parser: Any = httptools.HttpResponseParser(self)
+        self._response: Response | None = None
+
+    def ask(self, request: bytes, whole: bool) -> Response:
+        """The answer to a request, which is on its way."""
+        self._response, self._quiet = Response(self, whole), 0
+        self._transport.write(request)
+        return self._response
+
+    def done(self, *, reusable: bool) -> None:
+        """Go back among the idle ones, or end."""
+        self._response = None
+        if reusable and not self._transport.is_closing():
+            self._idle_since = self.loop.time()
+            self._idle.append(self)
+        else:
+            self.abort()
+
+    def is_over(self) -> bool:
+        """Whether it was closed, or was idle for too long."""
+        late = self.loop.time() > self._idle_since + _IDLE_SECONDS
+        return late or self._transport.is_closing()
+
+    def is_usable(self) -> bool:
+        """Whether the server still keeps it. A look at the socket tells what the loop has not."""
+        return not (self.is_over() or _is_readable(self._transport.get_extra_info("socket")))
+
+    def abort(self) -> None:
+        """Close it at once."""
+        self._transport.abort()
+
+    def resume(self) -> None:
+        """Go on reading."""
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Hear that it is there."""
+        self._transport = transport
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where bytes go: one place for all, read before the loop does anything else."""
+        return self._view
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Hear of bytes."""
+        response, self._quiet = self._response, self._quiet + nbytes
+        if response is None or response.fault:
+            self.abort()  # bytes that answer nothing: the next answer could not be told from them
+            return
+        try:
+            self._parser.feed_data(self._view[:nbytes])
+        except httptools.HttpParserUpgrade:
+            response.fail(httpx.RemoteProtocolError("the server changes the protocol"))
+        except httptools.HttpParserError as error:
+            response.keep = False
+            response.fail(httpx.RemoteProtocolError(str(error)))
+        if self._quiet > _QUIET:
+            response.fail(httpx.RemoteProtocolError("over 100 KB without a byte of the answer"))
+
+    def eof_received(self) -> None:
+        """Hear that the server has said all: the connection is of no use any more."""
+        self.connection_lost(None)
+        self.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Hear that it was closed, or broke."""
+        response, self._response, self._parser = self._response, None, None
+        if response is None:
+            return
+        response.keep = False
+        if exc:
+            response.fail(httpx.ReadError(str(exc)))
+        elif not response.status_code:
+            response.fail(httpx.RemoteProtocolError("the server sent no response"))
+        elif response.headers.keys() & {"content-length", "transfer-encoding"}:
+            response.fail(httpx.RemoteProtocolError("the server sent a part of the response"))
+        else:  # the end of the connection is that of the answer
+            response.ended = True
+            response.wake()
+
+    def on_message_begin(self) -> None:
+        """Hear that a message begins."""
+        if self._response and self._response.ended:
+            self._response.keep = False  # more than one answer to one request
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Hear of a header, or of a trailer."""
+        if self._response and not self._response.status_code:  # else it is a trailer
+            self._response.raw.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        """Hear that the head is whole."""
+        response, status = self._response, self._parser.get_status_code()
+        if response is None or response.ended:
+            return
+        if status < 200:  # the answer is still to come
+            response.raw.clear()
+            if status < 100:
+                response.fail(httpx.RemoteProtocolError(f"there is no status {status}"))
+            return
+        response.status_code, response.keep = status, self._parser.should_keep_alive()
+        response.whole = response.whole and status < 300
+        if not response.whole:
+            response.wake()
+
+    def on_body(self, piece: bytes) -> None:
+        """Hear of a piece of the body."""
+        response, self._quiet = self._response, 0
+        if response is None or response.ended:
+            return
+        response.pieces.append(piece)
+        response.buffered += len(piece)
+        if response.buffered > _PAUSE and not response.paused:
+            response.paused = True
+            self._transport.pause_reading()
+        if response.paused or not response.whole:
+            response.wake()
+
+    def on_message_complete(self) -> None:
+        """Hear that a message is whole."""
+        if self._response and self._response.status_code:  # else it was of status 1xx
+            self._response.ended = True
+            self._response.wake()
+
+
+def _is_readable(sock: Any) -> bool:
+    """Whether something waits to be read: on an idle connection that is its end."""
+    if not hasattr(select, "poll"):
+        return bool(select.select([sock], [], [], 0)[0])
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+async def _socket(place: _Place) -> socket.socket:
+    """Connected to the first address of a name that takes it, each 250 ms after the one before.
+
+    So does RFC 8305. asyncio's own way leaves a socket behind where it is cancelled (3.11).
+    """
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)
+    tasks, won = list[asyncio.Task[socket.socket]](), None
+    try:
+        while not won:
+            if len(tasks) < len(found):
+                tasks.append(loop.create_task(_try(*found[len(tasks)])))
+            elif all(task.done() for task in tasks):
+                return tasks[-1].result()  # raises why not
+            pause = 0.25 if len(tasks) < len(found) else None
+            waiting = [task for task in tasks if not task.done()]
+            await asyncio.wait(waiting, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+            won = next((task for task in tasks if task.done() and not task.exception()), None)
+        return won.result()
+    finally:
+        for task in tasks:
+            if task is not won:
+                task.cancel()
+                task.add_done_callback(_drop)
+
+
+async def _try(family: int, kind: int, protocol: int, _: str, address: Any) -> socket.socket:
+    """A socket that is connected to an address."""
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _drop(task: asyncio.Task[socket.socket]) -> None:
+    """Close the socket of an attempt that is not needed any more."""
+    if not task.cancelled() and not task.exception():
+        task.result().close()
+
+
+class Pool:
+    """The idle connections of one event loop, by origin."""
+
+    def __init__(self) -> None:
+        self.idle: dict[str, deque[Connection]] = {}
+        self._view = memoryview(bytearray(1 << 16))
+
+    async def send(
+        self, url: str, headers: dict[str, str], content: bytes, *, tls: Any, connect: float,
+        limit: float, whole: bool, notes: Any,
+    ) -> Response | None:  # fmt: skip
+        """The answer to a POST: of a `whole` one of status 2xx all, else its head.
+
+        None if it has not come by `limit`, in the time of the loop. While a connection is made,
+        within `connect` seconds, `notes.connecting` is set. Raises httpx's errors of transport.
+        """
+        place = _place(url)
+        request = _head(place, headers, len(content)) + content
+        idle = self.idle.setdefault(place.origin, deque())
+        connection = _kept(idle)
+        if connection is None:
+            notes.connecting = True
+            connection = await self._opened(place, idle, tls, connect, limit)
+            if connection is None:
+                return None
+            notes.connecting = False
+        response = connection.ask(request, whole)
+        try:
+            await response.news(limit)
+            begun = response.has_begun()
+        except BaseException:
+            await response.aclose()
+            raise
+        if begun:
+            return response
+        await response.aclose()
+        return None
+
+    async def _opened(
+        self, place: _Place, idle: deque[Connection], tls: Any, connect: float, limit: float
+    ) -> Connection | None:
+        """A new connection; None if there was none by `limit`."""
+        loop = asyncio.get_running_loop()
+        until = min(limit, loop.time() + connect)
+        how: dict[str, Any] = {"ssl": tls, "host": place.host, "port": place.port}
+        if tls:
+            tls.set_alpn_protocols(["http/1.1"])
+        try:
+            async with asyncio.timeout_at(until):
+                if not place.is_number:
+                    name, how["host"] = place.host if tls else None, None
+                    how |= {"port": None, "server_hostname": name, "sock": await _socket(place)}
+                _, connection = await loop.create_connection(
+                    lambda: Connection(loop, idle, self._view), **how
+                )
+        except TimeoutError:
+            if until == limit:
+                return None
+            raise httpx.ConnectTimeout(f"no connection within connect={connect:g} s") from None
+        except OSError as error:
+            raise httpx.ConnectError(str(error)) from error
+        return connection
+
+    async def aclose(self) -> None:
+        """End the idle connections."""
+        for connection in [one for idle in self.idle.values() for one in idle]:
+            connection.abort()
+        self.idle.clear()
+        await asyncio.sleep(0)  # the loop closes their sockets in its next turn
+
+
+def _kept(idle: deque[Connection]) -> Connection | None:
+    """The idle connection that was used last, of those that their server keeps."""
+    if idle and idle[0].is_over():  # what a burst has left is closed one at a time
+        idle.popleft().abort()
+    while idle:
+        connection = idle.pop()
+        if connection.is_usable():
+            return connection
+        connection.abort()
+    return None
