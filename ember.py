@@ -862,18 +862,23 @@ def _arguments(call: Any) -> str:
     return json.dumps(given) if _is_dict(given) else _text(given) or "{}"
 
 
+_APART = {"refusal", "reasoning_content", "reasoning_details"}  # what is not the answer itself
+
+
 def _openai_reply(raw: Any) -> Reply[Any]:
     """The reply in a chat completion."""
     if raw["choices"] == []:
         raise ReplyError("answered with no choices. Rephrase the prompt: it is blocked?", raw=raw)
-    said, finish = _object(raw["choices"][0].get("message")), raw["choices"][0].get("finish_reason")
+    choice: Any = raw["choices"][0]
+    said, finish = _object(choice.get("message")), choice.get("finish_reason")
     text, sent = _text(said.get("content")), _array(said.get("tool_calls"))
     calls = tuple(itertools.starmap(_openai_call, enumerate(sent)))
     if finish == "error" or not (text or calls or finish):
         raise ValueError("no content and no finish_reason, or an error for one")
-    # Reasoning goes back with the tools' results: DeepSeek, OpenRouter and Gemini insist.
-    back = {key: said[key] for key in ("reasoning_details",) if said.get(key)}
-    back |= {key: _text(said[key]) for key in ("refusal", "reasoning_content") if said.get(key)}
+    message: JSON = {"role": "assistant", "content": text}
+    for key in _APART & said.keys():  # it goes back with the tools' results, for some insist
+        if apart := said[key]:
+            message[key] = apart if key == "reasoning_details" else _text(apart)
     turns: list[JSON] = []
     for call, was in zip(calls, sent):
         turn: JSON = {key: value for key, value in was.items() if key != "index"} | {"id": call.id}
@@ -881,15 +886,12 @@ def _openai_reply(raw: Any) -> Reply[Any]:
             function = {"name": call.name, "arguments": _arguments(was)}
             turn |= {"type": "function", "function": function}
         turns.append(turn)
-    message = {"role": "assistant", "content": text} | back | _given(tool_calls=turns)
+    message |= _given(tool_calls=turns)
     usage, name = _object(raw.get("usage")), str(raw.get("model") or "")
     cost = usage.get("cost")  # OpenRouter says what it took
     cost = cost if isinstance(cost, int | float) else None
     used = _openai_usage(usage)
     return Reply(text, text, used, cost, name, finish, calls, 0, False, raw, message)
-
-
-_APART = {"refusal", "reasoning_content", "reasoning_details"}  # text that is not the answer
 
 
 def _openai_event(body: JSON, event: Any) -> str:
@@ -1412,7 +1414,7 @@ async def _url(end: Endpoint, path: str, options: JSON, deadline: float) -> str:
 
         with _guarded(end, deadline):
             base = str(await to_thread.run_sync(base))
-    for name in re.findall(r"\{(\w+)\}", path):
+    for name in re.findall(r"\{(\w+)\}", path) if "{" in path else ():
         value = end.id if name == "model" else options.pop(name, "")
         path = path.replace(f"{{{name}}}", urllib.parse.quote(str(value), safe=""))
     url = base.rstrip("/") + path
