@@ -712,11 +712,13 @@ def _given(**fields: Any) -> JSON:
 
 def _text(content: Any) -> str:
     """The text of a message's content: a string, parts, or the pieces of a stream."""
+    if isinstance(content, str):
+        return content
     if _is_list(content):
         return "".join(p if isinstance(p, str) else p.get("text") or "" for p in content)
-    if not isinstance(content, str | None):
+    if content is not None:
         raise TypeError(f"content is no text but of type {type(content).__name__}")
-    return content or ""
+    return ""
 
 
 def _append(holder: JSON, **pieces: Any) -> None:
@@ -1155,10 +1157,11 @@ def _fast() -> Any:
 
 def _is_patched() -> bool:
     """Whether something else answers in place of httpcore, as respx does."""
-    core: Any = sys.modules.get("httpcore")
-    method = core and core.AsyncConnectionPool.handle_async_request
+    core = sys.modules.get("httpcore")  # which another thread may be importing
+    pool: Any = getattr(core, "AsyncConnectionPool", None)
+    method = getattr(pool, "handle_async_request", None)
     home = getattr(method, "__globals__", {}).get("__name__")  # a wrapper takes any other name
-    return bool(core) and home != "httpcore._async.connection_pool"
+    return pool is not None and home != "httpcore._async.connection_pool"
 
 
 def _for_httpcore(sent: httpx.Request) -> Any:
@@ -1308,8 +1311,9 @@ async def _current_pool() -> _Pool:
     loop = _running_loop()
     if loop not in _pools:
         # One that was closed without ending its generators would be held for ever by its pool.
-        for dead in [old for old in _pools if getattr(old, "is_closed", bool)()]:
-            del _pools[dead]
+        for old in [ref() for ref in _pools.keyrefs()]:
+            if getattr(old, "is_closed", bool)():
+                _pools.pop(old, None)
         pool = _Pool(_fast() if hasattr(loop, "create_connection") else None)
         _pools[loop] = pool, pool.close_with(loop)
         await anext(_pools[loop][1])
@@ -1455,8 +1459,7 @@ class _Body:
         while True:
             now = 0.0 if self.stall == _EVER else anyio.current_time()
             limit = min(self.deadline, now + self.stall)
-            # a stream may go on for ever without a wait
-            chunk = await self.response.read(limit) if now < self.deadline else None
+            chunk: bytes | None = await self.response.read(limit)
             if chunk is None:
                 raise _silent(self.end, limit, self.deadline)
             if not chunk:
@@ -1485,17 +1488,16 @@ class _Events:
         self.ended = not chunk
         rest = (chunk or b"\n\n").removeprefix(b"\n" if self.after_cr else b"")
         self.after_cr = chunk.endswith(b"\r")
-        for part in rest.splitlines(keepends=True):
-            if not part.endswith((b"\r", b"\n")):
-                self.line += part
-                break
-            if self.line:  # its beginning came before
-                part = bytes(self.line) + part
-                self.line.clear()
-            entry = part.rstrip(b"\r\n").removeprefix(b"\xef\xbb\xbf")
-            if entry.startswith(b"data:"):
-                self.data.append(entry[5:].removeprefix(b" "))
-            elif not entry and self.data:
+        lines = rest.splitlines()
+        rest = b"" if not lines or rest.endswith((b"\r", b"\n")) else lines.pop()
+        if lines and self.line:  # the beginning of the first came before
+            lines[0] = bytes(self.line) + lines[0]
+            self.line.clear()
+        self.line += rest
+        for line in lines:
+            if (line := line.removeprefix(b"\xef\xbb\xbf")).startswith(b"data:"):
+                self.data.append(line[5:].removeprefix(b" "))
+            elif not line and self.data:
                 yield b"\n".join(self.data)
                 self.data.clear()
 
@@ -1566,22 +1568,17 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     return None
 
 
-_scanned = json.JSONDecoder().raw_decode
-
-
-def _event(data: bytes) -> Any:
-    """The JSON in an event, in two thirds of the time that json.loads takes of short ones."""
-    text = data.decode("utf-8", "surrogatepass").strip()
-    event, size = _scanned(text)
-    if size < len(text):
-        raise ValueError(f"something follows the JSON: {text[size:]:.20}")
-    return event
+_decoded = json.JSONDecoder().raw_decode  # takes two thirds of the time of json.loads
 
 
 def _folded(end: Endpoint, body: JSON, data: bytes) -> str:
     """The new text of one event."""
     try:
-        event = _first(_event(data))
+        text = data.decode("utf-8", "surrogatepass").strip()
+        event, size = _decoded(text)
+        if size < len(text):
+            raise ValueError("something follows the JSON")
+        event = _first(event)
         if not (event.get("error") or event.get("errors")):
             return end.provider.decode_event(body, event)
         raise _fault(200, event)
@@ -1861,6 +1858,15 @@ def _tool(function: Any) -> tuple[Any, JSON]:
     return adapter, {"type": "function", "function": described}
 
 
+def _tools(tools: Sequence[Any]) -> tuple[JSON, list[JSON]]:
+    """The functions among the tools by name, and the descriptions of all."""
+    own = [tool for tool in tools if not _is_dict(tool)]
+    functions = {_tool(function)[1]["function"]["name"]: function for function in own}
+    if len(functions) < len(own):
+        raise SetupError(f"tools: two have the same name, among {', '.join(functions)}. Rename one")
+    return functions, [tool if _is_dict(tool) else _tool(tool)[1] for tool in tools]
+
+
 class _Call(NamedTuple):
     """A call that is ready to be made."""
 
@@ -1901,12 +1907,10 @@ async def _prepared(
         said = last.get("content") or ""
         text = [] if _is_list(said) else [{"type": "text", "text": said}]
         last["content"] = [*_array(said), *text, *parts]
-    functions = {_tool(f)[1]["function"]["name"]: f for f in tools or () if not _is_dict(f)}
-    if len(functions) != sum(not _is_dict(f) for f in tools or ()):
-        raise SetupError(f"tools: two have the same name, among {', '.join(functions)}. Rename one")
+    functions, described = _tools(tools) if tools else ({}, ())
     request = Request(
         end.id, messages, temperature, max_tokens, [stop] if isinstance(stop, str) else stop or (),
-        seed, [f if _is_dict(f) else _tool(f)[1] for f in tools or ()],
+        seed, described,
         None if output is None else _adapter(output)[1], stream, texts, options,
     )  # fmt: skip
     end = end if timeout is None else replace(end, timeout=timeout)

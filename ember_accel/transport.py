@@ -10,49 +10,18 @@ A request is sent once. What the network does wrong has the names that httpx giv
 from __future__ import annotations
 
 import asyncio
-import functools
-import re
 import select
-import socket
 from collections import deque
-from typing import Any, NamedTuple
+from typing import Any
 
 import httptools
 import httpx
 
+from ember_accel.connecting import Place, connected, head, place_of
+
 _IDLE_SECONDS = 60
 _PAUSE = 1 << 20  # bytes of a body that wait for their reader; after that the server waits
 _QUIET = 100 << 10  # bytes without one of a body: a head or a trailer that does not end
-
-
-class _Place(NamedTuple):
-    """Where a URL leads, and the first two lines of a request to it."""
-
-    host: str
-    port: int
-    is_number: bool
-    origin: str
-    lines: str
-
-
-@functools.lru_cache(256)
-def _place(text: str) -> _Place:
-    url = httpx.URL(text)
-    host, named = url.raw_host.decode(), url.netloc.decode()
-    port = url.port or {"http": 80, "https": 443}[url.scheme]
-    is_number = bool(re.fullmatch(r"[\d.]+|.*:.*", host))
-    lines = f"POST {url.raw_path.decode()} HTTP/1.1\r\nhost: {named}\r\n"
-    return _Place(host, port, is_number, f"{url.scheme}://{named}", lines)
-
-
-def _head(place: _Place, headers: dict[str, str], size: int) -> bytes:
-    """The head of a request. What would end a line early is an error, as it is in httpx."""
-    lines = [f"{name}: {value}" for name, value in headers.items()]
-    if not "".join(lines).isprintable():
-        bad = next(line for line in lines if not line.isprintable())
-        raise httpx.LocalProtocolError(f"Illegal header {bad.partition(':')[0]!r:.40}")
-    head = "\r\n".join([*lines, f"content-length: {size}", "", ""])
-    return f"{place.lines}{head}".encode("ascii")
 
 
 def _text(raw: bytes) -> str:
@@ -104,14 +73,16 @@ class Response:
 
     def wake(self) -> None:
         """End the wait for news."""
-        if self.waiter and not self.waiter.done():
-            self.waiter.set_result(None)
+        waiter, self.waiter = self.waiter, None
+        if waiter and not waiter.done():
+            waiter.set_result(None)
         if self.timer:
             self.timer.cancel()
             self.timer = None
 
     def fail(self, fault: Exception) -> None:
-        """End the answer by a fault, unless it has ended."""
+        """End the answer by a fault, unless it has ended; the connection is of no more use."""
+        self.keep = False
         if not (self.ended or self.fault):
             self.fault = fault
             self.connection.abort()
@@ -125,16 +96,19 @@ class Response:
         return over or (self.status_code > 0 and not self.whole)
 
     async def read(self, limit: float) -> bytes | None:
-        """What has arrived, or else what arrives first; b"" at the end, None if nothing did."""
+        """What has arrived, or else what arrives first; b"" at the end.
+
+        None at `limit`, for an answer without an end too, unless all of it has come by then.
+        """
         if not (self.pieces or self.ended or self.fault):
             await self.news(limit)
-        if self.pieces:
+        if self.pieces and (self.ended or self.connection.loop.time() < limit):
             pieces, self.pieces, self.buffered = self.pieces, [], 0
             if self.paused:
                 self.paused = False
                 self.connection.resume()
             return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        if self.fault:
+        if self.fault and not self.pieces:
             raise self.fault
         return b"" if self.ended else None
 
@@ -150,20 +124,22 @@ class Connection(asyncio.BufferedProtocol):
     def __init__(self, loop: asyncio.AbstractEventLoop, idle: deque[Connection], view: memoryview):
         self.loop, self._idle, self._view = loop, idle, view
         self._idle_since, self._quiet = 0.0, 0
+        self._raw: list[tuple[bytes, bytes]] = []
         self._transport: Any = None
         self._parser: Any = httptools.HttpResponseParser(self)
         self._response: Response | None = None
 
     def ask(self, request: bytes, whole: bool) -> Response:
         """The answer to a request, which is on its way."""
-        self._response, self._quiet = Response(self, whole), 0
+        self._response, self._quiet, self._raw = Response(self, whole), 0, []
         self._transport.write(request)
         return self._response
 
     def done(self, *, reusable: bool) -> None:
         """Go back among the idle ones, or end."""
         self._response = None
-        if reusable and not self._transport.is_closing():
+        unsent = self._transport.get_write_buffer_size()  # the server may answer before it reads
+        if reusable and not unsent and not self._transport.is_closing():
             self._idle_since = self.loop.time()
             self._idle.append(self)
         else:
@@ -206,7 +182,6 @@ class Connection(asyncio.BufferedProtocol):
         except httptools.HttpParserUpgrade:
             response.fail(httpx.RemoteProtocolError("the server changes the protocol"))
         except httptools.HttpParserError as error:
-            response.keep = False
             response.fail(httpx.RemoteProtocolError(str(error)))
         if self._quiet > _QUIET:
             response.fail(httpx.RemoteProtocolError("over 100 KB without a byte of the answer"))
@@ -221,7 +196,6 @@ class Connection(asyncio.BufferedProtocol):
         response, self._response, self._parser = self._response, None, None
         if response is None:
             return
-        response.keep = False
         if exc:
             response.fail(httpx.ReadError(str(exc)))
         elif not response.status_code:
@@ -239,20 +213,20 @@ class Connection(asyncio.BufferedProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Hear of a header, or of a trailer."""
-        if self._response and not self._response.status_code:  # else it is a trailer
-            self._response.raw.append((name, value))
+        self._raw.append((name, value))
 
     def on_headers_complete(self) -> None:
         """Hear that the head is whole."""
         response, status = self._response, self._parser.get_status_code()
         if response is None or response.ended:
             return
+        raw, self._raw = self._raw, []  # a trailer goes where nobody looks
         if status < 200:  # the answer is still to come
-            response.raw.clear()
             if status < 100:
                 response.fail(httpx.RemoteProtocolError(f"there is no status {status}"))
             return
-        response.status_code, response.keep = status, self._parser.should_keep_alive()
+        response.raw, response.status_code = raw, status
+        response.keep = self._parser.should_keep_alive()
         response.whole = response.whole and status < 300
         if not response.whole:
             response.wake()
@@ -267,7 +241,7 @@ class Connection(asyncio.BufferedProtocol):
         if response.buffered > _PAUSE and not response.paused:
             response.paused = True
             self._transport.pause_reading()
-        if response.paused or not response.whole:
+        if response.waiter and (response.paused or not response.whole):
             response.wake()
 
     def on_message_complete(self) -> None:
@@ -286,50 +260,6 @@ def _is_readable(sock: Any) -> bool:
     return bool(poll.poll(0))
 
 
-async def _socket(place: _Place) -> socket.socket:
-    """Connected to the first address of a name that takes it, each 250 ms after the one before.
-
-    So does RFC 8305. asyncio's own way leaves a socket behind where it is cancelled (3.11).
-    """
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)
-    tasks, won = list[asyncio.Task[socket.socket]](), None
-    try:
-        while not won:
-            if len(tasks) < len(found):
-                tasks.append(loop.create_task(_try(*found[len(tasks)])))
-            elif all(task.done() for task in tasks):
-                return tasks[-1].result()  # raises why not
-            pause = 0.25 if len(tasks) < len(found) else None
-            waiting = [task for task in tasks if not task.done()]
-            await asyncio.wait(waiting, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
-            won = next((task for task in tasks if task.done() and not task.exception()), None)
-        return won.result()
-    finally:
-        for task in tasks:
-            if task is not won:
-                task.cancel()
-                task.add_done_callback(_drop)
-
-
-async def _try(family: int, kind: int, protocol: int, _: str, address: Any) -> socket.socket:
-    """A socket that is connected to an address."""
-    sock = socket.socket(family, kind, protocol)
-    try:
-        sock.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(sock, address)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _drop(task: asyncio.Task[socket.socket]) -> None:
-    """Close the socket of an attempt that is not needed any more."""
-    if not task.cancelled() and not task.exception():
-        task.result().close()
-
-
 class Pool:
     """The idle connections of one event loop, by origin."""
 
@@ -346,8 +276,8 @@ class Pool:
         None if it has not come by `limit`, in the time of the loop. While a connection is made,
         within `connect` seconds, `notes.connecting` is set. Raises httpx's errors of transport.
         """
-        place = _place(url)
-        request = _head(place, headers, len(content)) + content
+        place = place_of(url)
+        request = head(place, headers, len(content)) + content
         idle = self.idle.setdefault(place.origin, deque())
         connection = _kept(idle)
         if connection is None:
@@ -359,17 +289,16 @@ class Pool:
         response = connection.ask(request, whole)
         try:
             await response.news(limit)
-            begun = response.has_begun()
+            if response.has_begun():
+                return response
         except BaseException:
             await response.aclose()
             raise
-        if begun:
-            return response
         await response.aclose()
         return None
 
     async def _opened(
-        self, place: _Place, idle: deque[Connection], tls: Any, connect: float, limit: float
+        self, place: Place, idle: deque[Connection], tls: Any, connect: float, limit: float
     ) -> Connection | None:
         """A new connection; None if there was none by `limit`."""
         loop = asyncio.get_running_loop()
@@ -381,7 +310,7 @@ class Pool:
             async with asyncio.timeout_at(until):
                 if not place.is_number:
                     name, how["host"] = place.host if tls else None, None
-                    how |= {"port": None, "server_hostname": name, "sock": await _socket(place)}
+                    how |= {"port": None, "server_hostname": name, "sock": await connected(place)}
                 _, connection = await loop.create_connection(
                     lambda: Connection(loop, idle, self._view), **how
                 )
@@ -389,7 +318,7 @@ class Pool:
             if until == limit:
                 return None
             raise httpx.ConnectTimeout(f"no connection within connect={connect:g} s") from None
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter: no name of a host
             raise httpx.ConnectError(str(error)) from error
         return connection
 
