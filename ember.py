@@ -1155,13 +1155,16 @@ def _fast() -> Any:
     return None
 
 
+_OWN = {"httpcore._async.connection_pool", "httpx._transports.default"}
+
+
 def _is_patched() -> bool:
-    """Whether something else answers in place of httpcore, as respx does."""
-    core = sys.modules.get("httpcore")  # which another thread may be importing
-    pool: Any = getattr(core, "AsyncConnectionPool", None)
-    method = getattr(pool, "handle_async_request", None)
-    home = getattr(method, "__globals__", {}).get("__name__")  # a wrapper takes any other name
-    return pool is not None and home != "httpcore._async.connection_pool"
+    """Whether something else answers in place of httpcore or of httpx, as respx and VCR do."""
+    core = sys.modules.get("httpcore")  # another thread may be importing it
+    ways: list[Any] = [getattr(core, "AsyncConnectionPool", None), httpx.AsyncHTTPTransport]
+    methods = [way.handle_async_request for way in ways if way]
+    # a wrapper takes any other name of what it wraps
+    return not all(getattr(method, "__globals__", {}).get("__name__") in _OWN for method in methods)
 
 
 def _for_httpcore(sent: httpx.Request) -> Any:
