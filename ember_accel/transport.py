@@ -128,6 +128,12 @@ class Connection(asyncio.BufferedProtocol):
         self._transport: Any = None
         self._parser: Any = httptools.HttpResponseParser(self)
         self._response: Response | None = None
+        if hasattr(self._parser, "set_dangerous_leniencies"):  # httptools 0.6.4
+            # h11 takes these as well; an answer that is refused is paid for all the same
+            self._parser.set_dangerous_leniencies(
+                lenient_chunked_length=True, lenient_optional_cr_before_lf=True,
+                lenient_spaces_after_chunk_size=True,
+            )  # fmt: skip
 
     def ask(self, request: bytes, whole: bool) -> Response:
         """The answer to a request, which is on its way."""
