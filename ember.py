@@ -1720,8 +1720,8 @@ class _Exchange:
         elif event == "http11.send_request_headers.started":
             self.connecting = False
 
-    async def aclose(self) -> None:
-        """Give back what it holds."""
+    async def aclose(self, error: BaseException | None = None) -> None:
+        """Give back what it holds; the endpoint's own limit hears of an error."""
         response, self._response = self._response, None
         slots, self._slots = self._slots, None
         limit, self._limit = self._limit, None
@@ -1731,8 +1731,10 @@ class _Exchange:
         finally:
             if slots:
                 slots.release()
-            if limit:
-                await limit.__aexit__(*sys.exc_info())
+            if limit and error:
+                await limit.__aexit__(type(error), error, error.__traceback__)
+            elif limit:
+                await limit.__aexit__(None, None, None)
 
 
 # ── 6. Calls ─── the spine: prompt → request → exchange → reply; tools and typed output around it
@@ -2138,11 +2140,11 @@ class _Try:
             if piece := await self.exchange.read():
                 return piece
             await self.exchange.aclose()
-        except TypeError:  # the caller's: a parameter that JSON cannot hold
-            raise
-        except Exception as caught:
+        except BaseException as caught:
+            await self.exchange.aclose(caught)
+            if isinstance(caught, TypeError) or not isinstance(caught, Exception):
+                raise  # a TypeError is the caller's: a parameter that JSON cannot hold
             error = _named(caught, self.exchange.host)
-            await self.exchange.aclose()
         self.outcome = _outcome(self.call, self.exchange, error)
         return ""
 

@@ -783,3 +783,27 @@ def test_trio_closes_every_idle_connection_at_the_end_of_a_run(
         assert (server.opened, server.open) == (5, 0)
     finally:
         gc.enable()
+
+
+async def test_an_own_limit_hears_how_each_request_ended(server: Server, connect: Connect) -> None:
+    heard = list[type[BaseException] | None]()
+
+    class Breaker:
+        async def __aenter__(self) -> None: ...
+
+        async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+            heard.append(kind)
+
+    model = connect(OPENAI, limit=Breaker(), retries=0)
+    server.play(OPENAI.good(), Answer(OPENAI.problem("x"), 400), OPENAI.good(fault="hang"))
+    try:
+        raise LookupError
+    except LookupError:
+        await model("hi")  # what goes on around it is not its own
+    with pytest.raises(ember.CallError):
+        await model("hi")
+    call = asyncio.create_task(model("hi"))
+    await until(lambda: len(server.requests) == 3)
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    assert heard == [None, ember.CallError, asyncio.CancelledError]
