@@ -1130,14 +1130,6 @@ def _host(url: str) -> str:
     return ""
 
 
-@functools.lru_cache(256)
-def _origin(host: str) -> Any:
-    """A host as httpcore has it."""
-    import httpcore
-
-    return httpcore.URL(host).origin
-
-
 def _proxy(host: str) -> str:
     """The environment's proxy for a host; "" if there is none."""
     scheme, _, name = host.partition("://")
@@ -1150,7 +1142,7 @@ def _proxy(host: str) -> str:
 @functools.cache
 def _fast() -> Any:
     """The module of the fast transport, where httptools is installed."""
-    with suppress(ImportError):
+    with suppress(Exception):  # a broken one is none
         return importlib.import_module("ember_accel.transport")
     return None
 
@@ -1194,8 +1186,9 @@ class _Pool:
             yield
         finally:
             _pools.pop(loop, None)
-            idle = itertools.chain.from_iterable(self.idle.values())
             with anyio.CancelScope(shield=True):  # trio closes generators in a cancelled scope
+                await anyio.sleep(0)  # streams that end beside it give their connections back
+                idle = itertools.chain.from_iterable(self.idle.values())
                 for held in (*idle, *self.transports.values(), *filter(None, [self.fast])):
                     await held.aclose()
 
@@ -1220,12 +1213,12 @@ class _Pool:
         """
         import httpcore
 
-        idle = self.idle.setdefault(host, deque())
+        idle, url = self.idle.setdefault(host, deque()), httpcore.URL(host)
         while idle and idle[-1].has_expired():  # idle and readable: the server has closed it
             await idle.pop().aclose()
         if len(idle) > 1 and idle[0].has_expired():  # what a burst left is closed one at a time
             await idle.popleft().aclose()
-        return idle.pop() if idle else httpcore.AsyncHTTPConnection(_origin(host), tls, 60)
+        return idle.pop() if idle else httpcore.AsyncHTTPConnection(url.origin, tls, 60)
 
 
 class _Slow:
@@ -1324,6 +1317,7 @@ async def _current_pool() -> _Pool:
 
 
 _LIBRARIES = {"anyio", "h11", "httpcore", "httpx", "trio", "zlib"}
+_UNSENT = {"ConnectError", "ConnectTimeout", "LocalProtocolError", "PoolTimeout", "ProxyError"}
 
 
 def _named(error: Exception, host: str = "") -> EmberError:
@@ -1337,9 +1331,9 @@ def _named(error: Exception, host: str = "") -> EmberError:
         name, text = type(error).__name__, str(error) or "the connection broke"
         network = isinstance(error, OSError) or type(error).__module__.split(".")[0] in _LIBRARIES
         advice = "Check the network and base_url=" if network else "Look into the code passed in"
-        unsent = name in {"ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError"}
-        transient = network and name not in {"ReadTimeout", "WriteTimeout"}
-        fault = CallError(f"{name}: {text}. {advice}", transient=transient, unsent=unsent)
+        transient = network and name not in {"ReadTimeout", "WriteTimeout", "LocalProtocolError"}
+        fault = CallError(f"{name}: {text}. {advice}", transient=transient)
+        fault.unsent = name in _UNSENT
     if host and isinstance(fault, CallError) and fault.status is None:
         fault.args = (f"{fault} ({host})",)
     return fault
@@ -1400,7 +1394,7 @@ async def _key_headers(end: Endpoint, host: str, pool: _Pool, deadline: float) -
     if end.api_key is not None:
         key = end.api_key.value
     elif not row.key_env or (end.base_url and host not in _standard(row)):
-        return {name: value for name, value in headers.items() if "{key}" not in value}
+        return {name.lower(): value for name, value in headers.items() if "{key}" not in value}
     if end.api_key is not None and callable(key):
         lock = pool.locks.setdefault(end.api_key, anyio.Lock())
         with _guarded(end, deadline):
@@ -1410,7 +1404,7 @@ async def _key_headers(end: Endpoint, host: str, pool: _Pool, deadline: float) -
     if not key or not (key.isascii() and key.isprintable()):
         what = "the API key holds a character that no header can" if key else "no API key"
         raise SetupError(f"{what}. Set {' or '.join(row.key_env)}, or pass model(…, api_key=…)")
-    return {name: value.replace("{key}", key) for name, value in headers.items()}
+    return {name.lower(): value.replace("{key}", key) for name, value in headers.items()}
 
 
 async def _url(end: Endpoint, path: str, options: JSON, deadline: float) -> str:
@@ -1694,9 +1688,9 @@ class _Exchange:
         self, pool: _Pool, url: str, headers: JSON, content: bytes, limit: float
     ) -> bool:
         """Send the request by the transport that it takes; whether an answer began by `limit`."""
-        end, whole, self.sent = self.end, not self.request.stream, True
-        transport = pool.transport(end, self.host)
-        tls = _tls(*map(os.environ.get, _CA)) if url.startswith("https") else None
+        end, whole, transport = self.end, not self.request.stream, pool.transport(self.end, self.host)
+        tls = _tls(*map(os.environ.get, _CA)) if self.host.startswith("https:") else None
+        self.sent = True
         if pool.fast and not transport:
             how: JSON = {"tls": tls, "connect": end.connect, "limit": limit, "whole": whole}
             self._response = await pool.fast.send(url, headers, content, **how, notes=self)
@@ -2122,7 +2116,7 @@ class _Try:
         if scope.ledgers or scope.passes or call.end.limit:
             self.gate = _Gate(call.end, scope)
             request = self.gate.bounded(request)
-        self.exchange = _Exchange(call.end, request, call.deadline, bool(scope.ledgers))
+        self.exchange = _Exchange(call.end, request, call.deadline, self.gate is not None)
         self.outcome: Reply[Any] | EmberError | None = None
         self.started, self.clock = time.time(), time.perf_counter()
 

@@ -14,14 +14,22 @@ import select
 from collections import deque
 from typing import Any
 
-import httptools
 import httpx
+from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 from ember_accel.connecting import Place, connected, head, place_of
 
+if not hasattr(HttpResponseParser, "set_dangerous_leniencies"):
+    raise ImportError("httptools is older than 0.6.4")  # Ember goes over httpcore then
+
+# h11 takes these as well; an answer that is refused is paid for all the same.
+_LENIENT = {
+    "lenient_chunked_length": True, "lenient_optional_cr_before_lf": True,
+    "lenient_spaces_after_chunk_size": True,
+}  # fmt: skip
 _IDLE_SECONDS = 60
 _PAUSE = 1 << 20  # bytes of a body that wait for their reader; after that the server waits
-_QUIET = 100 << 10  # bytes without one of a body: a head or a trailer that does not end
+_OVERHEAD = 100 << 10  # bytes without one of a body: a head or a trailer that does not end
 
 
 def _text(raw: bytes) -> str:
@@ -33,7 +41,10 @@ def _text(raw: bytes) -> str:
 
 
 class Response:
-    """One answer, as far as it has come: its connection writes into it, Ember reads from it."""
+    """One answer, as far as it has come: its connection writes into it, Ember reads from it.
+
+    Of a `whole` one of status 2xx nobody is told before its end, or 1 MB of it.
+    """
 
     __slots__ = (
         "buffered", "connection", "ended", "fault", "keep", "paused", "pieces", "raw",
@@ -88,8 +99,8 @@ class Response:
             self.connection.abort()
             self.wake()
 
-    def has_begun(self) -> bool:
-        """Whether the head is here, or all of a `whole` answer of status 2xx. Raises a fault."""
+    def is_ready(self) -> bool:
+        """Whether Ember can begin to read; a fault before the head is raised."""
         if self.fault and not self.status_code:
             raise self.fault
         over = self.ended or self.fault is not None or self.paused
@@ -123,21 +134,16 @@ class Connection(asyncio.BufferedProtocol):
 
     def __init__(self, loop: asyncio.AbstractEventLoop, idle: deque[Connection], view: memoryview):
         self.loop, self._idle, self._view = loop, idle, view
-        self._idle_since, self._quiet = 0.0, 0
+        self._idle_since, self._overhead = 0.0, 0
         self._raw: list[tuple[bytes, bytes]] = []
         self._transport: Any = None
-        self._parser: Any = httptools.HttpResponseParser(self)
+        self._parser: Any = HttpResponseParser(self)
         self._response: Response | None = None
-        if hasattr(self._parser, "set_dangerous_leniencies"):  # httptools 0.6.4
-            # h11 takes these as well; an answer that is refused is paid for all the same
-            self._parser.set_dangerous_leniencies(
-                lenient_chunked_length=True, lenient_optional_cr_before_lf=True,
-                lenient_spaces_after_chunk_size=True,
-            )  # fmt: skip
+        self._parser.set_dangerous_leniencies(**_LENIENT)
 
     def ask(self, request: bytes, whole: bool) -> Response:
         """The answer to a request, which is on its way."""
-        self._response, self._quiet, self._raw = Response(self, whole), 0, []
+        self._response, self._overhead, self._raw = Response(self, whole), 0, []
         self._transport.write(request)
         return self._response
 
@@ -179,17 +185,17 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Hear of bytes."""
-        response, self._quiet = self._response, self._quiet + nbytes
+        response, self._overhead = self._response, self._overhead + nbytes
         if response is None or response.fault:
             self.abort()  # bytes that answer nothing: the next answer could not be told from them
             return
         try:
             self._parser.feed_data(self._view[:nbytes])
-        except httptools.HttpParserUpgrade:
+        except HttpParserUpgrade:
             response.fail(httpx.RemoteProtocolError("the server changes the protocol"))
-        except httptools.HttpParserError as error:
+        except HttpParserError as error:
             response.fail(httpx.RemoteProtocolError(str(error)))
-        if self._quiet > _QUIET:
+        if self._overhead > _OVERHEAD:
             response.fail(httpx.RemoteProtocolError("over 100 KB without a byte of the answer"))
 
     def eof_received(self) -> None:
@@ -239,7 +245,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def on_body(self, piece: bytes) -> None:
         """Hear of a piece of the body."""
-        response, self._quiet = self._response, 0
+        response, self._overhead = self._response, 0
         if response is None or response.ended:
             return
         response.pieces.append(piece)
@@ -274,12 +280,12 @@ class Pool:
         self._view = memoryview(bytearray(1 << 16))
 
     async def send(
-        self, url: str, headers: dict[str, str], content: bytes, *, tls: Any, connect: float,
-        limit: float, whole: bool, notes: Any,
+        self, url: str, headers: dict[str, str], content: bytes, *, tls: Any,
+        connect: float | None, limit: float, whole: bool, notes: Any,
     ) -> Response | None:  # fmt: skip
-        """The answer to a POST: of a `whole` one of status 2xx all, else its head.
+        """The answer to a POST once its head has come, a `whole` one of status 2xx once all has.
 
-        None if it has not come by `limit`, in the time of the loop. While a connection is made,
+        None if that was not by `limit`, in the time of the loop. While a connection is made,
         within `connect` seconds, `notes.connecting` is set. Raises httpx's errors of transport.
         """
         place = place_of(url)
@@ -295,7 +301,7 @@ class Pool:
         response = connection.ask(request, whole)
         try:
             await response.news(limit)
-            if response.has_begun():
+            if response.is_ready():
                 return response
         except BaseException:
             await response.aclose()
@@ -304,28 +310,29 @@ class Pool:
         return None
 
     async def _opened(
-        self, place: Place, idle: deque[Connection], tls: Any, connect: float, limit: float
+        self, place: Place, idle: deque[Connection], tls: Any, connect: float | None, limit: float
     ) -> Connection | None:
         """A new connection; None if there was none by `limit`."""
         loop = asyncio.get_running_loop()
-        until = min(limit, loop.time() + connect)
+        until = limit if connect is None else min(limit, loop.time() + connect)
         how: dict[str, Any] = {"ssl": tls, "host": place.host, "port": place.port}
         if tls:
             tls.set_alpn_protocols(["http/1.1"])
+        timeout = asyncio.timeout_at(until)
         try:
-            async with asyncio.timeout_at(until):
+            async with timeout:
                 if not place.is_number:
                     name, how["host"] = place.host if tls else None, None
                     how |= {"port": None, "server_hostname": name, "sock": await connected(place)}
                 _, connection = await loop.create_connection(
                     lambda: Connection(loop, idle, self._view), **how
                 )
-        except TimeoutError:
-            if until == limit:
-                return None
-            raise httpx.ConnectTimeout(f"no connection within connect={connect:g} s") from None
         except (OSError, UnicodeError) as error:  # the latter: no name of a host
-            raise httpx.ConnectError(str(error)) from error
+            if not timeout.expired():
+                raise httpx.ConnectError(str(error)) from error
+            if until < limit:
+                raise httpx.ConnectTimeout(f"no connection within connect={connect} s") from None
+            return None
         return connection
 
     async def aclose(self) -> None:

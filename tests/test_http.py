@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import dataclasses
+import errno
 import gzip
 import itertools
 import json
@@ -323,6 +325,73 @@ async def test_a_request_goes_out_in_the_same_bytes_on_both_transports(peer: Pee
     assert json.loads(peer.bodies[0])["messages"][0]["content"] == '"ü" {x} \u2028'
 
 
+def with_headers(model: ember.Model, *headers: tuple[str, str]) -> ember.Model:
+    """The model with these headers in its row."""
+    row = dataclasses.replace(model.provider, headers=(*model.provider.headers, *headers))
+    return dataclasses.replace(model, provider=row)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("Host", "api.internal"),
+        ("X-Tab", "a\tb"),
+        ("X-Signs", "!#$%&'*+-.^_`|~\"(),/:;<=>?@[]{}\\"),
+        ("!#$%&'*+-.^_`|~09azAZ", "x"),
+        ("Connection", "close"),
+    ],
+)
+async def test_a_header_of_the_row_goes_out_once_as_it_stands(
+    peer: Peer, name: str, value: str
+) -> None:
+    peer.play([whole()])
+    assert (await with_headers(peer.model(), (name, value))("hi")).text == "right"
+    lines = [line.partition(": ") for line in peer.heads[0].decode().split("\r\n")[1:]]
+    assert [said for key, _, said in lines if key.lower() == name.lower()] == [value]
+    assert len({key.lower() for key, _, _ in lines}) == len(lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("X Y", "v"),
+        ("", "v"),
+        ("X: y", "v"),
+        ("X\r\nInjected", "v"),
+        ("X", "a\nInjected: v"),
+        ("X", "a\rInjected: v"),
+        ("X", "a\0b"),
+        ("X", "ä"),
+        ("Ä", "v"),
+    ],
+)
+async def test_a_header_of_the_row_that_is_none_is_an_error_and_nothing_is_sent(
+    peer: Peer, name: str, value: str
+) -> None:
+    peer.play([whole()])
+    error = await failure(with_headers(peer.model(), (name, value)))
+    assert isinstance(error, ember.CallError)
+    assert re.search("LocalProtocolError: Illegal header|UnicodeEncodeError: ", str(error))
+    assert peer.heads == []
+
+
+@pytest.mark.parametrize("name", ["Content-Length", "Transfer-Encoding"])
+async def test_a_row_does_not_say_where_a_request_ends(
+    peer: Peer, transport: str, name: str
+) -> None:
+    if transport == "httpcore":
+        pytest.skip("httpcore takes the row at its word")
+    peer.play([whole()])
+    model = with_headers(peer.model(), (name, "5" if "Length" in name else "chunked"))
+    for _ in range(2):
+        assert (await model("hi")).text == "right"
+    for sent, body in zip(peer.heads, peer.bodies, strict=True):
+        assert re.findall(rb"(?im)^(?:content-length|transfer-encoding): *(\S+)", sent) == [
+            b"%d" % len(body)
+        ]
+    assert peer.count == (2, 1)
+
+
 @pytest.mark.parametrize("size", [60_000, 70_000, 3_000_000])
 async def test_a_large_request_arrives_whole(peer: Peer, size: int) -> None:
     peer.play([whole()])
@@ -369,15 +438,31 @@ async def test_a_head_may_be_odd(peer: Peer, form: str) -> None:
     await goes_on(peer, model, reused=True)
 
 
-OLD: dict[str, bytes] = {
-    "a folded line": whole(RIGHT, b"x: a\r\n b"),
+LENIENT: dict[str, bytes] = {
     "bare LF": whole().replace(b"\r\n", b"\n"),
     "one bare LF": head(b"x: y\nz: a", b"content-length: 68") + RIGHT,
-    "the same length twice": whole(RIGHT, b"content-length: 68"),
-    "a control character": whole(RIGHT, b"x: a\x01b"),
     "spaces behind a chunk's size": head(IN_CHUNKS) + b"44  \r\n" + RIGHT + b"\r\n0\r\n\r\n",
     "length and chunked": head(b"content-length: 5", IN_CHUNKS) + chunks(RIGHT) + b"0\r\n\r\n",
     "a length in a trailer": chunked(RIGHT, last=b"0\r\ncontent-length: 5\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("packet", [1, 1000])
+@pytest.mark.parametrize("form", LENIENT)
+async def test_what_many_servers_do_wrong_is_read_all_the_same(
+    peer: Peer, form: str, packet: int
+) -> None:
+    answer, model = LENIENT[form], peer.model()
+    peer.play([answer[at : at + packet] for at in range(0, len(answer), packet)])
+    assert (await model("hi")).text == "right"
+    assert peer.count == (1, 1)
+    await goes_on(peer, model, reused=None)
+
+
+OLD: dict[str, bytes] = {
+    "a folded line": whole(RIGHT, b"x: a\r\n b"),
+    "the same length twice": whole(RIGHT, b"content-length: 68"),
+    "a control character": whole(RIGHT, b"x: a\x01b"),
     "an unknown version": whole(status=b"HTTP/1.7 200 OK"),
     "an empty line first": b"\r\n" + whole(),
     "chunked twice": head(IN_CHUNKS, IN_CHUNKS) + chunks(RIGHT) + b"0\r\n\r\n",
@@ -773,6 +858,23 @@ async def test_a_refusal_that_comes_before_the_request_was_sent_is_heard(
     assert peer.count == (1, 1)
     peer.early = False
     await goes_on(peer, model, reused=None)
+
+
+async def test_a_connection_with_a_half_sent_request_is_not_used_again(
+    peer: Peer, transport: str
+) -> None:
+    peer.early, gate = True, asyncio.Event()
+    peer.play([whole(SAYS_SO, status=TOO_LARGE), gate])  # and the rest stays unread
+    model = peer.model(timeout=5 if transport == "fast" else 0.1)  # httpcore writes, and no more
+    with pytest.raises(ember.CallError, match="413" if transport == "fast" else "timeout="):
+        await model("x" * 8_000_000)
+    peer.early = False
+    peer.play([whole()])
+    with anyio.fail_after(4):
+        assert (await peer.model()("hi")).text == "right"
+    assert peer.count == (2, 2)
+    gate.set()
+    await settled(lambda: len(peer.lines) == 1)
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -1284,6 +1386,33 @@ async def test_a_connection_that_is_not_made_costs_nothing_and_leaves_nothing(ho
     await settled(lambda: asyncio.all_tasks() == before)
 
 
+@pytest.mark.parametrize("name", ["a..invalid", f"{'a' * 70}.invalid"], ids=["empty", "long"])
+async def test_a_name_with_a_label_that_is_none_is_a_connection_that_is_not_made(name: str) -> None:
+    with ember.track() as ledger:
+        model = ember.model("openai:gpt-4o", base_url=f"http://{name}", api_key="k", price=(1, 2))
+        error = await failure(model.using(retries=0))
+    assert isinstance(error, ember.CallError)
+    assert "ConnectError: " in str(error)
+    assert error.transient
+    assert [attempt.uncertain for attempt in ledger.calls] == [0]
+
+
+async def test_port_0_is_no_other_port(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if transport == "httpcore":
+        pytest.skip("httpcore takes it for none")
+
+    async def refuse(*args: Any, **how: Any) -> Any:
+        tried.extend([*args, *how.values()])
+        raise ConnectionRefusedError
+
+    tried = list[Any]()
+    monkeypatch.setattr(asyncio.get_running_loop(), "create_connection", refuse)
+    model = ember.model("openai:gpt-4o", base_url="http://127.0.0.1:0", api_key="k", retries=0)
+    assert "ConnectError: " in str(await failure(model))
+    assert 0 in tried
+    assert 80 not in tried
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have one address of loopback")
 @pytest.mark.parametrize("first", ["silent", "refusing"])
 async def test_a_name_s_next_address_is_tried_where_the_first_takes_no_connection(
@@ -1429,6 +1558,30 @@ async def test_a_stream_that_is_left_in_the_middle_closes_its_connection(peer: P
     await goes_on(peer, model, reused=False)
 
 
+async def test_a_stream_that_does_not_end_behind_its_last_event_ends_all_the_same(
+    peer: Peer,
+) -> None:
+    comment = b": " + b"x" * 4_000_000 + b"\n\n"  # so that no turn of the loop is without bytes
+    peer.play(endless(head(IN_CHUNKS) + chunks(*EVENTS), chunks(comment)))
+    model = peer.model()
+    assert await pieces(model) == ["one", "two"]
+    await settled(lambda: not peer.playing)
+    assert peer.count == (1, 1)
+    await goes_on(peer, model, reused=False)
+
+
+@pytest.mark.parametrize("form", ["whole", "stream"])
+async def test_nothing_packed_without_an_end_is_over_at_the_deadline(peer: Peer, form: str) -> None:
+    packer, nothing = zlib.compressobj(9, zlib.DEFLATED, 31), b"\0\0\0\xff\xff" * 800_000
+    first = packer.compress(b" ") + packer.flush(zlib.Z_SYNC_FLUSH)
+    peer.play(endless(head(IN_CHUNKS, GZIP) + chunks(first), chunks(nothing)))
+    model = peer.model(timeout=0.1)
+    with anyio.fail_after(4), pytest.raises(ember.CallError, match=r"within timeout=0\.1 s"):
+        await (model("hi") if form == "whole" else pieces(model))
+    await settled(lambda: not peer.playing)
+    await goes_on(peer, peer.model(), reused=False)
+
+
 async def test_a_stream_that_nobody_reads_holds_its_server_back(peer: Peer) -> None:
     comment = b": " + b"x" * 500_000 + b"\n\n"
     peer.play(endless(head(IN_CHUNKS) + chunks(*EVENTS[:1]), chunks(comment)))
@@ -1438,3 +1591,34 @@ async def test_a_stream_that_nobody_reads_holds_its_server_back(peer: Peer) -> N
             await asyncio.sleep(0)
         assert peer.sent < 30_000_000  # what the kernel's buffers hold, and little more
     await settled(lambda: not peer.lines)
+
+
+@pytest.mark.parametrize("options", [{}, {"connect": 9}], ids=["connect", "timeout"])
+async def test_a_time_out_of_the_kernel_is_not_ember_s(
+    options: dict[str, Any], transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def late(*_: Any, **how: Any) -> Any:
+        raise TimeoutError(errno.ETIMEDOUT, "Connection timed out")
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "create_connection", late)
+    model = ember.model("openai:gpt-4o", base_url="http://127.0.0.1:9", api_key="k", retries=0)
+    error = await failure(model.using(timeout=7, **options))
+    assert isinstance(error, ember.CallError)
+    assert "ConnectError: " in str(error) or "ConnectTimeout: " in str(error)
+    assert "connect=" not in str(error)
+    assert error.transient
+
+
+async def test_a_header_of_the_row_that_is_none_costs_nothing(peer: Peer) -> None:
+    peer.play([whole()])
+    with ember.track() as ledger:
+        error = await failure(with_headers(peer.model(price=(1, 2)), ("X Y", "v")))
+    assert not getattr(error, "transient", None)
+    assert [attempt.uncertain for attempt in ledger.calls] == [0] * len(ledger.calls)
+
+
+async def test_a_user_agent_of_the_row_takes_the_place_of_ember_s(peer: Peer) -> None:
+    peer.play([whole()])
+    await with_headers(peer.model(), ("User-Agent", "mine"))("hi")
+    lines = peer.heads[0].lower().split(b"\r\n")
+    assert [line for line in lines if line.startswith(b"user-agent:")] == [b"user-agent: mine"]

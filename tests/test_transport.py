@@ -523,6 +523,23 @@ async def test_a_custom_authority_is_trusted_by_ssl_cert_file(
             assert (await model("hi")).text == "right"
 
 
+async def test_a_scheme_in_capitals_is_the_same_scheme(
+    tls: ssl.SSLContext, connect: Connect, server: Server
+) -> None:
+    server.play(OPENAI.good("plain"))
+    assert (await connect(OPENAI, base_url=f"{server.url.upper()}/v1")("hi")).text == "plain"
+    with serving(OPENAI.good("right"), tls=tls) as safe:
+        model = connect(OPENAI, base_url=f"{safe.url.replace('https', 'HTTPS')}/v1", retries=0)
+        with pytest.raises(ember.CallError, match=r"(?i)certificate"):  # it speaks TLS
+            await model("hi")
+    assert safe.requests == []
+
+
+async def test_a_connection_may_take_any_time(server: Server, connect: Connect) -> None:
+    server.play(OPENAI.good("right"))
+    assert (await connect(OPENAI, connect=None)("hi")).text == "right"
+
+
 async def test_an_unknown_certificate_is_a_typed_error_and_nothing_is_sent(
     tls: ssl.SSLContext, connect: Connect
 ) -> None:
@@ -807,3 +824,20 @@ async def test_an_own_limit_hears_how_each_request_ended(server: Server, connect
     call.cancel()
     await asyncio.gather(call, return_exceptions=True)
     assert heard == [None, ember.CallError, asyncio.CancelledError]
+
+
+def test_a_stream_that_is_held_at_the_end_of_its_loop_leaves_no_socket(
+    server: Server, connect: Connect, transport: str
+) -> None:
+    async def main() -> None:
+        held.append(await connect(OPENAI).stream("hi").__aenter__())
+        assert await anext(held[-1]) == "one"
+        await anyio.sleep(0.005)  # all of it has come
+
+    server.play(OPENAI.stream("one", "two"))
+    held = list[Any]()
+    for _ in range(8):
+        asyncio.run(main())
+    held.clear()
+    gc.collect()
+    anyio.run(until, lambda: server.open == 0)
