@@ -666,7 +666,9 @@ class _Context:
 
     def scope(self) -> _Scope:
         """The context of the caller."""
-        ledgers = tuple(ledger for ledger in self.ledgers.get() if not ledger.over)
+        ledgers = self.ledgers.get()
+        if ledgers:
+            ledgers = tuple(ledger for ledger in ledgers if not ledger.over)
         return _Scope(ledgers, self.path.get(), self.retrying.get(), self.passes.get())
 
 
@@ -1147,16 +1149,19 @@ def _fast() -> Any:
     return None
 
 
-_OWN = {"httpcore._async.connection_pool", "httpx._transports.default"}
+@functools.lru_cache(8)
+def _is_foreign(method: Any) -> bool:
+    """Whether a method is not httpcore's or httpx's own; a wrapper may have any name of theirs."""
+    home = getattr(method, "__globals__", {}).get("__name__")
+    return home not in {"httpcore._async.connection_pool", "httpx._transports.default"}
 
 
 def _is_patched() -> bool:
     """Whether something else answers in place of httpcore or of httpx, as respx and VCR do."""
     core = sys.modules.get("httpcore")  # another thread may be importing it
-    ways: list[Any] = [getattr(core, "AsyncConnectionPool", None), httpx.AsyncHTTPTransport]
-    methods = [way.handle_async_request for way in ways if way]
-    # a wrapper takes any other name of what it wraps
-    return not all(getattr(method, "__globals__", {}).get("__name__") in _OWN for method in methods)
+    pool: Any = getattr(core, "AsyncConnectionPool", httpx.AsyncHTTPTransport)
+    ways = (pool.handle_async_request, httpx.AsyncHTTPTransport.handle_async_request)
+    return any(map(_is_foreign, ways))
 
 
 def _for_httpcore(sent: httpx.Request) -> Any:
@@ -1182,12 +1187,14 @@ class _Pool:
 
     async def close_with(self, loop: Any) -> AsyncGenerator[None]:
         """Suspended for the loop's life: a loop closes its async generators when it ends."""
+        from anyio.lowlevel import checkpoint
+
         try:
             yield
         finally:
             _pools.pop(loop, None)
             with anyio.CancelScope(shield=True):  # trio closes generators in a cancelled scope
-                await anyio.sleep(0)  # streams that end beside it give their connections back
+                await checkpoint()  # streams that end beside it give their connections back
                 idle = itertools.chain.from_iterable(self.idle.values())
                 for held in (*idle, *self.transports.values(), *filter(None, [self.fast])):
                     await held.aclose()
@@ -1305,15 +1312,15 @@ _pools: weakref.WeakKeyDictionary[Any, tuple[_Pool, Any]] = weakref.WeakKeyDicti
 async def _current_pool() -> _Pool:
     """The pool of the event loop that runs this."""
     loop = _running_loop()
-    if loop not in _pools:
+    if not (known := _pools.get(loop)):
         # One that was closed without ending its generators would be held for ever by its pool.
         for old in [ref() for ref in _pools.keyrefs()]:
             if getattr(old, "is_closed", bool)():
                 _pools.pop(old, None)
         pool = _Pool(_fast() if hasattr(loop, "create_connection") else None)
-        _pools[loop] = pool, pool.close_with(loop)
-        await anext(_pools[loop][1])
-    return _pools[loop][0]
+        _pools[loop] = known = pool, pool.close_with(loop)
+        await anext(known[1])
+    return known[0]
 
 
 _LIBRARIES = {"anyio", "h11", "httpcore", "httpx", "trio", "zlib"}
@@ -1688,7 +1695,8 @@ class _Exchange:
         self, pool: _Pool, url: str, headers: JSON, content: bytes, limit: float
     ) -> bool:
         """Send the request by the transport that it takes; whether an answer began by `limit`."""
-        end, whole, transport = self.end, not self.request.stream, pool.transport(self.end, self.host)
+        end, whole = self.end, not self.request.stream
+        transport = pool.transport(end, self.host)
         tls = _tls(*map(os.environ.get, _CA)) if self.host.startswith("https:") else None
         self.sent = True
         if pool.fast and not transport:
@@ -2118,6 +2126,7 @@ class _Try:
             request = self.gate.bounded(request)
         self.exchange = _Exchange(call.end, request, call.deadline, self.gate is not None)
         self.outcome: Reply[Any] | EmberError | None = None
+        self.sent = False
         self.started, self.clock = time.time(), time.perf_counter()
 
     async def enter(self) -> None:
@@ -2129,9 +2138,10 @@ class _Try:
 
     async def read(self) -> str:
         """The next piece of the answer; "" at the end, when there is an outcome."""
-        error = None
+        error, piece = None, ""
         try:
-            if piece := await self.exchange.read():
+            if not self.outcome and (piece := await self.exchange.read()):
+                self.sent = True
                 return piece
             await self.exchange.aclose()
         except BaseException as caught:
@@ -2139,8 +2149,11 @@ class _Try:
             if isinstance(caught, TypeError) or not isinstance(caught, Exception):
                 raise  # a TypeError is the caller's: a parameter that JSON cannot hold
             error = _named(caught, self.exchange.host)
-        self.outcome = _outcome(self.call, self.exchange, error)
-        return ""
+        if not self.outcome:
+            self.outcome = outcome = _outcome(self.call, self.exchange, error)
+            if self.exchange.request.stream and not self.sent and isinstance(outcome, Reply):
+                piece = outcome.text  # of a server that does not stream
+        return piece
 
     async def end(self) -> None:
         """Give back what it holds. Tell limits, budgets and ledgers how it ended."""
@@ -2184,41 +2197,61 @@ class _Try:
                     _tell(ledger.on_call, attempt)
 
 
-async def _run(
-    end: Endpoint, prompt: object, given: JSON, replies: list[Reply[Any]], scope: _Scope, *,
-    stream: bool = False, texts: Sequence[str] = (),
-) -> AsyncGenerator[str]:
-    """The pieces of an answer; the reply of each step goes into `replies`, at the end their sum.
+class _Run:
+    """A call with its attempts, and its steps: several where tools or a typed answer take them.
 
-    A request is sent again only until its first piece: what was read cannot be taken back.
+    `replies` gets the reply of each step, at the end their sum. A request is sent again only
+    until its first piece: what was read cannot be taken back.
     """
-    call = await _prepared(end, prompt, stream, texts, **end.defaults | given)
-    request, number, sent = call.request, 0, False
-    while True:
-        number, attempt = number + 1, _Try(call, request, scope)
-        await attempt.enter()
-        try:
-            while piece := await attempt.read():
-                sent = True
-                yield piece
-        finally:
+
+    def __init__(self, call: _Call, scope: _Scope, replies: list[Reply[Any]]) -> None:
+        self.call, self.scope, self.replies, self.request = call, scope, replies, call.request
+        self.number, self.sent = 0, False
+        self.attempt: _Try | None = None
+
+    async def read(self) -> str:
+        """The next piece of the answer; "" at the end."""
+        going = True
+        while going:
+            attempt = self.attempt or await self._begun()
+            if piece := await attempt.read():
+                self.sent = True
+                return piece
+            await self.end()
+            going = await self._goes_on(attempt.outcome)
+        return ""
+
+    async def end(self) -> None:
+        """End the attempt that is under way."""
+        attempt, self.attempt = self.attempt, None
+        if attempt:
             await attempt.end()
-        outcome = typing.cast("Reply[Any] | EmberError", attempt.outcome)
-        if isinstance(outcome, EmberError):
-            outcome.transient = outcome.transient and not sent
-            await anyio.sleep(_pause(call, scope, outcome, number))
-            continue
-        if request.stream and not sent and outcome.text:  # a server that does not stream
-            yield outcome.text
-        replies.append(outcome)
-        if (turns := await _turns(call, request, replies)) is None:
-            break
-        request, number, sent = replace(request, messages=[*request.messages, *turns]), 0, False
-    if len(replies) > 1:
-        usage = functools.reduce(Usage.__add__, [reply.usage for reply in replies])
-        costs = [reply.cost for reply in replies]
-        cost = None if None in costs else sum(filter(None, costs))
-        replies.append(replace(replies[-1], usage=usage, cost=cost))
+
+    async def _begun(self) -> _Try:
+        """The next attempt, which was let through."""
+        attempt = _Try(self.call, self.request, self.scope)
+        await attempt.enter()
+        self.number, self.attempt = self.number + 1, attempt
+        return attempt
+
+    async def _goes_on(self, outcome: Reply[Any] | EmberError | None) -> bool:
+        """Whether there is another attempt, or another step, after this outcome."""
+        if not isinstance(outcome, Reply):
+            error = outcome or EmberError("it has no outcome")
+            error.transient = error.transient and not self.sent
+            await anyio.sleep(_pause(self.call, self.scope, error, self.number))
+            return True
+        self.replies.append(outcome)
+        turns = await _turns(self.call, self.request, self.replies)
+        if turns is not None:
+            self.request = replace(self.request, messages=[*self.request.messages, *turns])
+            self.number, self.sent = 0, False
+        elif len(self.replies) > 1:
+            usage = functools.reduce(Usage.__add__, [reply.usage for reply in self.replies])
+            costs = [reply.cost for reply in self.replies]
+            cost = None if None in costs else sum(filter(None, costs))
+            self.replies.append(replace(self.replies[-1], usage=usage, cost=cost))
+        return turns is not None
 
 
 async def _turns(call: _Call, request: Request, replies: list[Reply[Any]]) -> list[JSON] | None:
@@ -2307,11 +2340,27 @@ async def _answer(
     end: Endpoint, prompt: object, given: JSON, texts: Sequence[str] = ()
 ) -> Reply[Any]:
     """The reply to a prompt, with all that its tools and its typed output take."""
-    replies: list[Reply[Any]] = []
-    run = _run(end, prompt, given, replies, _context.scope(), texts=texts)
-    async for _ in run:  # nothing here can fail between two pieces, and leave it open
-        pass
-    return replies[-1]
+    scope = _context.scope()
+    call = await _prepared(end, prompt, False, texts, **end.defaults | given)
+    run = _Run(call, scope, [])
+    try:
+        await run.read()  # to its end, for without a stream there are no pieces
+    finally:
+        await run.end()
+    return run.replies[-1]
+
+
+async def _pieces(
+    end: Endpoint, prompt: object, given: JSON, replies: list[Reply[Any]], scope: _Scope
+) -> AsyncGenerator[str]:
+    """The pieces of a stream. A generator, because event loops close those that are left open."""
+    call = await _prepared(end, prompt, True, (), **end.defaults | given)
+    run = _Run(call, scope, replies)
+    try:
+        while piece := await run.read():
+            yield piece
+    finally:
+        await run.end()
 
 
 async def _embeddings(end: Endpoint, texts: Sequence[str], given: JSON) -> list[list[float]]:
@@ -2346,7 +2395,7 @@ class Stream:
     def __init__(self, end: Endpoint, prompt: object, given: JSON) -> None:
         self._end, self._replies = end, list[Reply[Any]]()
         self._texts, self._broken, self._ended = list[str](), False, False
-        self._pieces = _run(end, prompt, given, self._replies, _context.scope(), stream=True)
+        self._pieces = _pieces(end, prompt, given, self._replies, _context.scope())
 
     @property
     def reply(self) -> Reply[Any]:

@@ -10,6 +10,7 @@ A request is sent once. What the network does wrong has the names that httpx giv
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import select
 from collections import deque
 from typing import Any
@@ -79,7 +80,7 @@ class Response:
         """A future that is done when more has come, or at `limit`."""
         loop = self.connection.loop
         self.waiter = loop.create_future()
-        self.timer = loop.call_at(limit, self.wake)
+        self.timer = loop.call_at(limit, self.wake, context=self.connection.context)
         return self.waiter
 
     def wake(self) -> None:
@@ -134,6 +135,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def __init__(self, loop: asyncio.AbstractEventLoop, idle: deque[Connection], view: memoryview):
         self.loop, self._idle, self._view = loop, idle, view
+        self.context = contextvars.copy_context()  # of timers, or each would copy one
         self._idle_since, self._overhead = 0.0, 0
         self._raw: list[tuple[bytes, bytes]] = []
         self._transport: Any = None
