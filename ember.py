@@ -1178,7 +1178,7 @@ class _Pool:
     """What one event loop holds: idle connections and slots by host, and locks for tokens."""
 
     def __init__(self, fast: Any) -> None:
-        self.fast = fast.Pool() if fast else None
+        self.fast, self.over = fast.Pool() if fast else None, False
         self.idle: dict[str, deque[Any]] = {}
         self.slots: dict[str, anyio.Semaphore] = {}
         self.proxies: dict[str, str] = {}
@@ -1193,6 +1193,7 @@ class _Pool:
             yield
         finally:
             _pools.pop(loop, None)
+            self.over = True
             with anyio.CancelScope(shield=True):  # trio closes generators in a cancelled scope
                 await checkpoint()  # streams that end beside it give their connections back
                 idle = itertools.chain.from_iterable(self.idle.values())
@@ -1231,8 +1232,8 @@ class _Pool:
 class _Slow:
     """An answer by way of httpx or httpcore, in the form that the fast transport's have."""
 
-    def __init__(self, transport: Any, idle: deque[Any] | None) -> None:
-        self.transport, self.idle, self.over = transport, idle, False
+    def __init__(self, transport: Any, pool: _Pool | None = None, host: str = "") -> None:
+        self.transport, self.pool, self.host, self.over = transport, pool, host, False
         self.answer: Any = None
         self.pieces: Any = None  # of bytes
         self.arrived = deque[bytes]()
@@ -1241,7 +1242,7 @@ class _Slow:
 
     async def begun(self, sent: httpx.Request, limit: float, *, whole: bool) -> bool:
         """Send a request; whether the answer's head came by `limit`, of a `whole` one all."""
-        asked = sent if self.idle is None else _for_httpcore(sent)
+        asked = _for_httpcore(sent) if self.pool else sent
         with anyio.CancelScope(deadline=limit):
             self.answer = await self.transport.handle_async_request(asked)
             self.status_code = getattr(self.answer, "status_code", 0) or self.answer.status
@@ -1277,8 +1278,8 @@ class _Slow:
                 with suppress(Exception):
                     await self.answer.aclose()
         finally:
-            if self.idle is not None:
-                await self._release(self.idle)
+            if self.pool:
+                await self._release(self.pool)
 
     async def _end_pieces(self) -> None:
         """End the iterator by a fault in its innermost part, for httpcore's are nested.
@@ -1294,13 +1295,13 @@ class _Slow:
                 if await anext(self.pieces, None) is None:
                     break
 
-    async def _release(self, idle: deque[Any]) -> None:
+    async def _release(self, pool: _Pool) -> None:
         """Give the connection back if the answer was read to its end, else close it."""
         # httpcore does not tell (1.0.9): a server that answered twice left bytes behind
         inner = getattr(self.transport, "_connection", None)
         surplus = inner and inner._h11_state.trailing_data[0]  # the next call would read it
-        if self.transport.is_idle() and not surplus:
-            idle.append(self.transport)
+        if self.transport.is_idle() and not (surplus or pool.over):
+            pool.idle[self.host].append(self.transport)
             return
         with anyio.CancelScope(shield=True):
             await self.transport.aclose()
@@ -1709,10 +1710,10 @@ class _Exchange:
         how = {"headers": headers, "content": content, "extensions": extensions}
         sent = httpx.Request("POST", _parsed(url), **how)
         if transport:
-            self._response = slow = _Slow(transport, None)
+            self._response = slow = _Slow(transport)
         else:
             connection = await pool.connection(self.host, tls)
-            self._response = slow = _Slow(connection, pool.idle[self.host])
+            self._response = slow = _Slow(connection, pool, self.host)
         return await slow.begun(sent, limit, whole=whole)
 
     async def _trace(self, event: str, _: Any) -> None:
