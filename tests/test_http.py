@@ -244,6 +244,19 @@ async def goes_on(peer: Peer, model: ember.Model, *, reused: bool | None) -> Non
 
 # ── Packets ───
 
+SAME = settings(
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+def packets(answer: bytes, cuts: set[int]) -> list[bytes]:
+    """An answer cut at these places."""
+    places = [0, *sorted(cuts), None]
+    return [answer[start:end] for start, end in itertools.pairwise(places)]
+
+
 FORMS: dict[str, bytes] = {
     "length": whole(),
     "chunked": chunked(RIGHT[:20], RIGHT[20:]),
@@ -268,19 +281,13 @@ async def test_an_answer_cut_in_two_at_any_byte_is_read_over_one_connection(
     assert peer.count == (len(answer) - 1, 1)
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(SAME, max_examples=60)
 @given(form=st.sampled_from(sorted(FORMS)), cuts=st.sets(st.integers(1, 400), max_size=30))
 async def test_an_answer_in_any_packets_is_read_over_one_connection(
     peer: Peer, form: str, cuts: set[int]
 ) -> None:
     asked, model = len(peer.heads), peer.model()
-    places = [0, *sorted(cuts), None]
-    peer.play([FORMS[form][start:end] for start, end in itertools.pairwise(places)])
+    peer.play(packets(FORMS[form], cuts))
     assert (await model("hi")).text == "right"
     assert peer.count == (asked + 1, 1)
 
@@ -707,8 +714,14 @@ async def test_a_body_where_none_may_be_is_not_read_by_the_next_call(
 ) -> None:
     model = peer.model()
     peer.play([whole(status=b"HTTP/1.1 " + status)])
-    await failure(model)
+    error = await failure(model)
+    wanted = (
+        "CallError: 304: " if b"304" in status else "ReplyError: the answer is no JSON, it is empty"
+    )
+    assert shown(error).startswith(wanted)
+    assert peer.count == (1, 1)
     await goes_on(peer, model, reused=False)
+    assert peer.count == (2, 2)
 
 
 # ── Early ends ───
@@ -993,12 +1006,7 @@ async def test_a_burst_over_connections_that_all_ended_is_one_request_a_call(
     await settled(lambda: len(peer.lines) == 8)
 
 
-@settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(SAME, max_examples=25)
 @given(ended=st.lists(st.booleans(), min_size=6, max_size=6), how=st.sampled_from([FIN, RST]))
 async def test_the_next_call_takes_the_connection_used_last_of_those_that_live(
     peer: Peer, ended: list[bool], how: str
@@ -1034,12 +1042,7 @@ async def stack(peer: Peer, model: ember.Model, size: int) -> list[Line]:
     return peer.used[before:]
 
 
-@settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(SAME, max_examples=40)
 @given(steps=st.lists(st.integers(0, 9), max_size=25))
 async def test_connections_are_a_stack_whatever_the_calls_do(peer: Peer, steps: list[int]) -> None:
     """An even step begins a call; an odd one ends one of those in flight, whichever it says."""
@@ -1464,19 +1467,13 @@ async def pieces(model: ember.Model) -> list[str]:
             return [piece async for piece in stream]
 
 
-@settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(SAME, max_examples=40)
 @given(form=st.sampled_from(sorted(STREAMS)), cuts=st.sets(st.integers(1, 330), max_size=20))
 async def test_a_stream_in_any_packets_is_read_over_one_connection(
     peer: Peer, form: str, cuts: set[int]
 ) -> None:
     asked, model = len(peer.heads), peer.model()
-    places = [0, *sorted(cuts), None]
-    peer.play([STREAMS[form][start:end] for start, end in itertools.pairwise(places)])
+    peer.play(packets(STREAMS[form], cuts))
     assert await pieces(model) == ["one", "two"]
     assert peer.count == (asked + 1, 1)
 
